@@ -1,0 +1,1 @@
+"""Train convolutional networks on whole, huge images."""

@@ -1,0 +1,1 @@
+"""Benchmarks, one module each, and the folder where their results are recorded."""

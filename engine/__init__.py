@@ -1,0 +1,1 @@
+"""How a network fits a budget: measuring and planning memory."""

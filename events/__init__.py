@@ -1,0 +1,1 @@
+"""Detector events: reader, writer, generator and displays."""

@@ -1,0 +1,1 @@
+"""Triton device code and its configurations; imports triton, never torch."""

@@ -1,0 +1,1 @@
+"""What an operation means: checks, launch, registration, autograd, modules and references."""

@@ -1,0 +1,42 @@
+"""What all tests share: seeded inputs, the device marker, and the real events where present."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Skip device tests where there is no device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU: run `make gpu` on a machine with one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """The one source of random inputs, so that every test can be repeated."""
+    return torch.Generator().manual_seed(20_260_101)
+
+
+@pytest.fixture(scope="session")
+def real_events() -> Path:
+    """Three simulated SBND events, where a checkout has them beside it."""
+    path = REPOSITORY.parent / "shared" / "data" / "sbnd_sim_3_events.h5"
+    if not path.exists():
+        pytest.skip("needs the real event file shared/data/sbnd_sim_3_events.h5")
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference_folder() -> Path:
+    """The published network's parameter shapes, where a checkout has them beside it."""
+    path = REPOSITORY.parent / "shared" / "reference"
+    if not path.exists():
+        pytest.skip("needs the published shapes in shared/reference")
+    return path

@@ -1,0 +1,5 @@
+import fullres
+
+
+def test_imports():
+    assert fullres.__doc__

@@ -1,0 +1,1 @@
+"""Training whole images: module, data, callbacks, metrics and checkpoints."""
