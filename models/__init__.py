@@ -1,1 +1,5 @@
 """ResNet and U-ResNet."""
+
+from .uresnet import PRESETS, UResNet, UResNetConfig, uresnet
+
+__all__ = ["PRESETS", "UResNet", "UResNetConfig", "uresnet"]
