@@ -180,9 +180,9 @@ class UResNet(nn.Module):
     A level's skip is what enters it. It lives from there until its own plane's join on the way up,
     so the deepest level sees the skips of every level and plane alive.
 
-    A normalisation with running statistics updates them once a plane, plane 0 first: three times
-    a step. In training mode BatchNorm2d refuses a batch of one image of up to 2^d x 2^d: its deepest
-    map is a single pixel, which has no variance.
+    A normalisation with running statistics updates them once a plane, plane 0 first; at the deepest
+    level once. In training mode BatchNorm2d refuses one image of up to 2^d x 2^d pixels: its
+    deepest map is a single pixel, which has no variance.
 
     Args:
         config: the network's numbers.
