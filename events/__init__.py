@@ -2,6 +2,8 @@
 
 from .dataset import CLASSES, SIZE, Event, EventDataset, flip, flips
 from .file import EventFile, EventFileError
+from .synthetic import SyntheticEvents, generate_event, generate_file
+from .writer import EventWriter
 
 __all__ = [
     "CLASSES",
@@ -10,6 +12,10 @@ __all__ = [
     "EventDataset",
     "EventFile",
     "EventFileError",
+    "EventWriter",
+    "SyntheticEvents",
     "flip",
     "flips",
+    "generate_event",
+    "generate_file",
 ]
