@@ -12,10 +12,10 @@ leave no digit of it at the many pixels that are classified well.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 
 import torch
-from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of fp32: stays in a CPU's cache, and is small beside one image
 
@@ -40,7 +40,7 @@ def softmax_focal_loss(
     Saves for backward: logits and labels as they were given, and nothing of their size besides.
     Temporaries are bounded by `BLOCK_ELEMENTS`, so uint8 labels are widened one block at a time.
     Sums run in a fixed order, without atomics. Backward runs as often as the graph is retained;
-    differentiating it again raises RuntimeError.
+    with create_graph=True it raises RuntimeError, as there are no second derivatives.
 
     Args:
         logits: [N, C, ...] or [M, C], float16, bfloat16, float32 or float64, any memory format.
@@ -103,6 +103,25 @@ def softmax_focal_loss_reference(
         return loss
     total = weight.sum() if reduction == "mean" else torch.ones_like(loss.sum())
     return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def first_order(backward: Callable) -> Callable:
+    """Return the `backward` of an autograd.Function, made to raise under create_graph=True.
+
+    torch's once_differentiable raises only where the incoming gradient requires one itself. Where
+    it does not, as below any scalar loss, a gradient penalty's own term would silently be lost.
+    """
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():  # only create_graph=True runs a backward so
+            raise RuntimeError(
+                f"{type(ctx).__name__.removesuffix('Backward').lstrip('_')} has no second "
+                "derivatives: backward and grad must run with create_graph=False"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 def accumulator_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -260,7 +279,7 @@ class _FocalLossSum(torch.autograd.Function):
         return (total / divisor).to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dloss):
         logits, labels, alpha, divisor = ctx.saved_tensors
         scale = (dloss / divisor).to(dloss.dtype)
@@ -286,7 +305,7 @@ class _FocalLossMap(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dloss):
         logits, labels, alpha = ctx.saved_tensors
         dlogits = _focal_loss_gradient(ctx, logits, labels, alpha, lambda block: dloss[block])

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ..ops.focal_loss import (
     accumulator_dtype,
+    first_order,
     focal_slope,
     label_probabilities,
     logits_gradient,
@@ -55,6 +55,7 @@ class SegmentationLoss(torch.nn.Module):
 
     Saves for backward: logits and labels as given, which the caller holds anyway, and a few
     scalars. Temporaries are a few MiB (`fullres.ops.focal_loss.BLOCK_ELEMENTS`), at any size.
+    Backward with create_graph=True raises RuntimeError: there are no second derivatives.
 
     Attributes:
         global_value: the last forward's loss of the global batch, a detached scalar that is equal
@@ -67,6 +68,7 @@ class SegmentationLoss(torch.nn.Module):
         *,
         gamma: float = 2.0,
         process_group: dist.ProcessGroup | None = None,
+        synchronize: bool = True,
     ):
         """Make the loss of one scheme.
 
@@ -75,6 +77,8 @@ class SegmentationLoss(torch.nn.Module):
             gamma: focusing exponent >= 0 of "lin"; the other schemes have none to set.
             process_group: the ranks that share a global batch, those over which gradients are
                 averaged. None is all ranks.
+            synchronize: False for the loss of this rank's batch alone, without communication, as
+                for validation with unequal numbers of batches.
 
         Raises:
             ValueError: unknown scheme, or gamma negative, not finite, or set for another scheme.
@@ -90,6 +94,7 @@ class SegmentationLoss(torch.nn.Module):
         self.scheme = scheme
         self.gamma = float(gamma)
         self.process_group = process_group
+        self.synchronize = synchronize
         self.global_value: torch.Tensor | None = None
 
     def forward(self, logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -109,8 +114,9 @@ class SegmentationLoss(torch.nn.Module):
                 assertion).
         """
         _check(logits, labels)
+        world = _world_size(self.process_group) if self.synchronize else 1
         value, self.global_value = _PlanesLoss.apply(
-            self.scheme, self.gamma, self.process_group, labels, *logits
+            self.scheme, self.gamma, self.process_group, world, labels, *logits
         )
         return value
 
@@ -124,8 +130,7 @@ class _PlanesLoss(torch.autograd.Function):
     """The planes' losses added up, as (world_size * this rank's share, global loss)."""
 
     @staticmethod
-    def forward(ctx, scheme, gamma, process_group, labels, *logits):
-        world = _world_size(process_group)
+    def forward(ctx, scheme, gamma, process_group, world, labels, *logits):
         sums = torch.stack(
             [_class_sums(x, labels[:, i], scheme, gamma) for i, x in enumerate(logits)]
         )
@@ -149,12 +154,12 @@ class _PlanesLoss(torch.autograd.Function):
         return value, global_value
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dvalue, _):
         labels, weight, class_weight, *logits = ctx.saved_tensors
         dlogits = []
         for i, x in enumerate(logits):
-            if not ctx.needs_input_grad[4 + i]:
+            if not ctx.needs_input_grad[5 + i]:
                 dlogits.append(None)
                 continue
             dtype = accumulator_dtype(x)
@@ -162,7 +167,7 @@ class _PlanesLoss(torch.autograd.Function):
             dlogits.append(
                 _plane_gradient(x, labels[:, i], ctx.scheme, ctx.gamma, scale, weight[i].to(dtype))
             )
-        return None, None, None, None, *dlogits
+        return None, None, None, None, None, *dlogits
 
 
 def _class_sums(
