@@ -1,6 +1,11 @@
 """What all tests share: seeded inputs, the device marker, and the real events where present."""
 
+import os
 from pathlib import Path
+
+# Small tensors on few cores: threads that wait for each other cost ten times what they save. Set
+# before torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

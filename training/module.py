@@ -1,0 +1,152 @@
+"""What one training step and one validation are, as a Lightning module."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from ..events import Event
+from ..models import PRESETS, uresnet
+
+from .config import TrainConfig
+from .loss import SegmentationLoss
+from .metrics import SegmentationMetrics
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """Return the network with fresh weights, from torch's random generator.
+
+    Raises ValueError for an unknown preset, or a number that the network does not have.
+    """
+    if config.preset not in PRESETS:
+        raise ValueError(f"want preset from {', '.join(PRESETS)}; got {config.preset!r}")
+    preset = PRESETS[config.preset]
+    known = {option.name: option.type for option in dataclasses.fields(preset)}
+    changes = {}
+    for part in filter(None, config.network.split(",")):
+        name, _, value = (text.strip() for text in part.partition("="))
+        if name not in known:
+            raise ValueError(f"want in network one of {', '.join(known)}; got {part!r}")
+        try:
+            kinds = {bool: _truth, int: int}
+            changes[name] = kinds.get(known[name], str)(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"want in network {name}=VALUE; got {part!r}") from None
+    model = uresnet(dataclasses.replace(preset, **changes))
+    if config.sync_batch_norm:
+        from ..ops.batch_norm import SyncBatchNorm
+
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+        text.lower()
+    ]
+
+
+class SegmentationModule(LightningModule):
+    """A network that labels pixels, with its loss, optimizer and validation.
+
+    Attributes:
+        step_loss: the loss of the optimizer step under way: the mean over its forward passes so
+            far, of the whole batch over all processes; equal on every process.
+        validation: the newest validation's values by name, equal on every process.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, steps: int):
+        """Train model over that many optimizer steps."""
+        super().__init__()
+        self.config, self.model, self.steps = config, model, steps
+        self.loss = SegmentationLoss(config.loss)
+        # Processes may hold different numbers of events here, so nothing is summed before the end.
+        self.validation_loss = SegmentationLoss(config.loss, synchronize=False)
+        self.metrics = SegmentationMetrics()
+        self.losses: list[Tensor] = []
+        self.register_buffer("validation_sums", torch.zeros(2), persistent=False)
+        self.validation: dict[str, float] = {}
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the network's logits, a [N, 3, H, W] a plane, for image [N, 3, H, W]."""
+        return self.model(image)
+
+    def on_train_batch_start(self, batch: Event, batch_idx: int) -> None:
+        """Seed whatever the network draws by the batch's number, so that a resumed run draws it."""
+        if batch_idx % self.config.accumulate == 0:
+            self.losses.clear()
+        words = np.random.SeedSequence((self.config.seed, self.global_rank, batch_idx))
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]) >> 1)
+
+    def training_step(self, batch: Event, batch_idx: int) -> Tensor:
+        """Return the batch's loss."""
+        loss = self.loss(self.model(batch["image"]), batch["labels"])
+        self.losses.append(self.loss.global_value)
+        return loss
+
+    @property
+    def step_loss(self) -> float:
+        """See the class."""
+        return torch.stack(self.losses).mean().item()
+
+    def validation_step(self, batch: Event, batch_idx: int) -> None:
+        """Count one batch."""
+        logits = self.model(batch["image"])
+        images = len(batch["labels"])
+        self.validation_sums[0] += images * self.validation_loss(logits, batch["labels"]).float()
+        self.validation_sums[1] += images
+        self.metrics.update(logits, batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Add up over all processes, log, and begin anew."""
+        sums = self.trainer.strategy.reduce(self.validation_sums.clone(), reduce_op="sum")
+        values = {"loss": sums[0] / sums[1], **self.metrics.compute()}
+        self.validation = {name: float(value) for name, value in values.items()}
+        self.metrics.reset()
+        self.validation_sums.zero_()
+        if self.logger is not None:
+            logged = {f"validation/{name}": value for name, value in self.validation.items()}
+            self.logger.log_metrics(logged, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> dict:
+        """Return the optimizer, and its learning rate as a function of the step."""
+        c, parameters = self.config, self.model.parameters()
+        if c.optimizer == "sgd":
+            optimizer = torch.optim.SGD(
+                parameters, c.lr, momentum=0.9, nesterov=True, weight_decay=c.weight_decay
+            )
+        else:
+            kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
+            optimizer = kind(parameters, c.lr, weight_decay=c.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _lr_share(self, step: int) -> float:
+        """Return the share of the learning rate in optimizer step `step`, from 0."""
+        c = self.config
+        if step < c.warmup:
+            return (step + 1) / (c.warmup + 1)
+        if c.schedule == "constant":
+            return 1.0
+        progress = (step - c.warmup) / max(1, self.steps - c.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Add the configuration, so that a checkpoint alone tells what it holds."""
+        checkpoint["config"] = self.config.as_dict()
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Return the network's own state_dict: a checkpoint's weights are usable without us."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """Load the network's own state_dict."""
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
