@@ -37,7 +37,7 @@ class MemoryReport:
 
     input: int
     parameters: int
-    buffers: int
+    buffers: int  # and other tensors that are attributes of modules
     optimizer: int  # its state
     gradients: int  # the parameters', after the backward pass
     stored: int  # made by the forward pass and alive after it: for the backward pass, or as output
@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: the live bytes.
-        timeline: one Sample an operator.
+        timeline: one Sample an operator that returned a tensor.
         phase: what the caller says is going on; it labels storages and samples.
         modules: the names of the modules that are running, innermost last, as the caller says.
     """
@@ -102,19 +102,21 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         module = self._module()
         out = func(*args, **kwargs)
-        given = None
-        for tensor in _tensors(out):
+        made, given = _tensors(out), None
+        for tensor in made:
             storage = tensor.untyped_storage()
             known = self._alive.get(storage._cdata)
             if known is None:
                 if given is None:
                     given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-                if storage._cdata in given:  # older than the mode, so not ours to count
+                # Older than the mode, so not ours to count; torch.tensor() alone lifts a new one.
+                if storage._cdata in given and func is not torch.ops.aten.lift_fresh.default:
                     continue
             elif known.size == storage.nbytes():
                 continue
             self._count(storage, module)
-        self.timeline.append(Sample(self.phase, module, str(func), self.now))
+        if made:
+            self.timeline.append(Sample(self.phase, module, str(func), self.now))
         return out
 
     def _count(self, storage: torch.UntypedStorage, module: str) -> None:
@@ -154,8 +156,8 @@ def meter(
 
     The model is copied without its bytes and left as it was. It may lie on any device, also on
     "meta", where building it costs nothing. Under `torch.no_grad()` there is no backward pass, and
-    the report is that of inference. Tensors that a module holds as neither parameter nor buffer
-    are not counted.
+    the report is that of inference. The output and the loss are held to the end, as in a plain
+    training loop.
 
     Args:
         model: the network, in the mode (training or evaluation) to measure.
@@ -178,9 +180,12 @@ def meter(
     device = _device(first)
     mixed = torch.autocast(device.type, autocast) if autocast else nullcontext()
 
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, ExitStack() as hooks:
-        live.phase = "preparation"
-        model = _without_bytes(model, dtype)
+    fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    live.phase = "preparation"
+    with fake, live:
+        replaced = _fakes(model, dtype)
+    model = copy.deepcopy(model, replaced)
+    with fake, live, ExitStack() as hooks:
         parameters = [p for p in model.parameters() if p.requires_grad]
         steps = optimizer(parameters) if optimizer else None
         state = _make_state(steps, parameters) if steps else []
@@ -207,7 +212,7 @@ def meter(
         return MemoryReport(
             input=_size([x]),
             parameters=_size(model.parameters()),
-            buffers=_size(model.buffers()),
+            buffers=_size(_others(model)),
             optimizer=_size(state),
             gradients=gradients,
             stored=after_forward - before,
@@ -231,21 +236,30 @@ def _device(tensor: Tensor) -> torch.device:
     return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
-def _without_bytes(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Return a copy of the model over fake tensors, which share storages as the model's do."""
-    whole: dict[int, Tensor] = {}  # one fake tensor per storage, by its address
-    memo: dict[int, Any] = {}  # what deepcopy is to find in place of each tensor
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        key, count = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
-        if key not in whole:
+def _others(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that are not parameters: buffers, and plain attributes of modules."""
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def _fakes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, Any]:
+    """Return a fake tensor for each of the model's, by id; two share a storage if those do."""
+    whole: dict[int, Tensor] = {}  # by the storage's address
+    fakes: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), _others(model)):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in whole:
             kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-            count //= tensor.element_size()
-            whole[key] = torch.empty(count, dtype=kind, device=_device(tensor))
-        fake = whole[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+            count = storage.nbytes() // tensor.element_size()
+            whole[storage._cdata] = torch.empty(count, dtype=kind, device=_device(tensor))
+        fake = whole[storage._cdata].as_strided(
+            tensor.size(), tensor.stride(), tensor.storage_offset()
+        )
         if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = fake
-    return copy.deepcopy(model, memo)
+            fake = nn.Parameter(fake.detach(), requires_grad=tensor.requires_grad)
+        fakes[id(tensor)] = fake
+    return fakes
 
 
 def _make_state(steps: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -254,7 +268,7 @@ def _make_state(steps: torch.optim.Optimizer, parameters: list[nn.Parameter]) ->
         parameter.grad = torch.zeros_like(parameter)
     steps.step()
     steps.zero_grad(set_to_none=True)
-    return [t for t in _tensors(list(steps.state.values()))]
+    return _tensors(list(steps.state.values()))
 
 
 @contextmanager
