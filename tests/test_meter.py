@@ -325,7 +325,7 @@ def test_a_failing_model_leaves_no_mode_behind():
         pytest.param("a21", torch.bfloat16, "again", 1.83, 2.02, id="a21-bf16-checkpoint"),
     ],
 )
-def test_whole_images_equal_the_published_table(preset, dtype, blocks, stored, peak):
+def test_whole_images_equal_the_designs_table(preset, dtype, blocks, stored, peak):
     """The design's table: one 3 x 1280 x 2048 image; input and parameters are not part of it."""
     with torch.device("meta"):
         model = uresnet(preset)
