@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fullres.ops import focal_loss
-from fullres.training.loss import SCHEMES, SegmentationLoss
-from fullres.training.metrics import SegmentationMetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fullres.ops import focal_loss
+from fullres.ops.batch_norm import SyncBatchNorm
+from fullres.training.loss import SCHEMES, SegmentationLoss
+from fullres.training.metrics import SegmentationMetrics
 
 SPLITS = {"uneven": [2, 1], "one rank empty": [3, 0]}
 
@@ -262,17 +264,18 @@ def images():
 
 
 class Planes(torch.nn.Module):
-    """A convolution over each plane alone, as the U-ResNet has them."""
+    """A convolution and a normalisation over each plane alone, as the U-ResNet has them."""
 
     def __init__(self):
         super().__init__()
         self.conv = torch.nn.Conv2d(1, 3, 3, padding=1, dtype=torch.float64)
+        self.norm = torch.nn.BatchNorm2d(3, dtype=torch.float64)
         with torch.no_grad():
             for i, p in enumerate(self.parameters()):
                 p.copy_(torch.linspace(-1, 1 + i, p.numel()).view_as(p))
 
     def forward(self, x):
-        return [self.conv(x[:, i : i + 1]) for i in range(3)]
+        return [self.norm(self.conv(x[:, i : i + 1])) for i in range(3)]
 
 
 def rank_main(rank: int, folder: Path):
@@ -286,17 +289,20 @@ def rank_main(rank: int, folder: Path):
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         metrics = SegmentationMetrics()
         for scheme in SCHEMES:
-            calls.clear()
-            model = torch.nn.parallel.DistributedDataParallel(Planes())
+            model = SyncBatchNorm.convert_sync_batchnorm(Planes())
+            model = torch.nn.parallel.DistributedDataParallel(model)
             criterion = SegmentationLoss(scheme)
             logits = model(x[own])
+            calls.clear()
             loss = criterion(logits, labels[own])
             in_forward = list(calls)
+            calls.clear()
             loss.backward()
             results[name, scheme] = {
                 "loss": loss.detach(),
                 "global": criterion.global_value,
                 "gradients": [p.grad for p in model.parameters()],
+                "buffers": list(model.module.buffers()),
                 "calls": (in_forward, list(calls)),
             }
         metrics.update(logits, labels[own])
@@ -323,7 +329,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("split", SPLITS)
-def test_two_ranks_train_as_one_with_the_whole_batch(two_ranks, split, scheme):
+def test_two_ranks_step_as_one_with_the_whole_batch(two_ranks, split, scheme):
     x, labels = images()
     model = Planes()
     expected = reference(model(x), labels, scheme)
@@ -335,7 +341,9 @@ def test_two_ranks_train_as_one_with_the_whole_batch(two_ranks, split, scheme):
         torch.testing.assert_close(rank["global"], expected, **exact)
         wanted = [p.grad for p in model.parameters()]
         torch.testing.assert_close(rank["gradients"], wanted, **exact)
-        assert rank["calls"] == ([(3, 3, 3)], [(3, 3, 3)])  # one in forward, none in backward
+        torch.testing.assert_close(rank["buffers"], list(model.buffers()), **exact)
+        # The loss has one in forward; those in backward are of the normalisations.
+        assert rank["calls"] == ([(3, 3, 3)], [(2, 3)] * 3)
 
 
 @pytest.mark.parametrize("split", SPLITS)
