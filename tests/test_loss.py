@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fullres.ops import focal_loss
 from fullres.ops.batch_norm import SyncBatchNorm
@@ -115,9 +116,9 @@ def test_half_logits_are_accumulated_in_float32(scheme, dtype, rng):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("margin", [0.0, 30.0, 60.0, 1e4, -1e4])
+@pytest.mark.parametrize("margin", [0.0, 30.0, 48.0, 60.0, 1e4, -1e4])
 def test_all_background_is_finite_however_sure_the_network(scheme, dtype, margin):
-    """At margin 1e4 every p_y is exactly 1, so the focal weights add up to 0."""
+    """At margin 1e4 every p_y is exactly 1 and the focal weights add up to 0; at 48, to 1e-41."""
     logits = [torch.zeros(1, 3, 4, 4, dtype=dtype) for _ in range(3)]
     for x in logits:
         x[:, 0] = margin
@@ -218,6 +219,24 @@ def test_under_autocast_the_loss_is_float32(rng):
     plain = SegmentationLoss()(logits, labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(SegmentationLoss()(logits, labels), plain)
+
+
+def test_it_compiles_as_one_graph(rng):
+    logits, labels = batch(rng, dtype=torch.float32)
+    criterion = SegmentationLoss()
+    loss = torch.compile(criterion, fullgraph=True, backend="aot_eager")(logits, labels)
+    expected = criterion(logits, labels)
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, logits))
+
+
+def test_it_runs_without_data():
+    with FakeTensorMode():
+        logits = [torch.empty(1, 3, 1260, 2048, requires_grad=True) for _ in range(3)]
+        labels = torch.empty(1, 3, 1260, 2048, dtype=torch.uint8)
+        SegmentationLoss("even")(logits, labels).backward()
+        assert all(x.grad.shape == x.shape for x in logits)
 
 
 def test_nan_logits_give_a_nan_loss(rng):

@@ -54,7 +54,7 @@ class SegmentationLoss(torch.nn.Module):
     elsewhere a micro-batch with few hard or rare pixels weighs each of them more.
 
     Saves for backward: logits and labels as given, which the caller holds anyway, and a few
-    scalars. Temporaries are a few MiB (`fullres.ops.focal_loss.BLOCK_ELEMENTS`), at any size.
+    scalars. Temporaries are some blocks of `fullres.ops.focal_loss.BLOCK_ELEMENTS`, at any size.
     Backward with create_graph=True raises RuntimeError: there are no second derivatives.
 
     Attributes:
