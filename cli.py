@@ -99,6 +99,7 @@ def train(
 ) -> None:
     """Train on whole images; with torchrun, on several GPUs or nodes."""
     from .training.callbacks import GIB, NonFiniteError, StoppedError
+    from .training.curves import PICTURE
     from .training.run import BEST, CONFIG, LAST
     from .training.run import train as run
 
@@ -121,10 +122,8 @@ def train(
     for name, value in summary.validation.items():
         if not name.startswith("plane"):
             table.add_row(f"validation {name.replace('_', ' ')}", f"{value:.4f}")
-    for name in (LAST, BEST, CONFIG, "curves"):
-        if (summary.folder / name).exists():
-            table.add_row("wrote", str(summary.folder / name))
     console.print(table)
+    _wrote(*(summary.folder / name for name in (LAST, BEST, CONFIG, PICTURE)))
 
 
 @app.command()
@@ -160,9 +159,8 @@ def predict(
     for name, value in made.metrics.items():
         if not name.startswith("plane"):
             table.add_row(name.replace("_", " "), f"{value:.4f}")
-    for path in (made.labels, *made.displays):
-        table.add_row("wrote", str(path))
     console.print(table)
+    _wrote(made.labels, *made.displays)
 
 
 @app.command()
@@ -206,7 +204,7 @@ def display(
 
     item = EventFile(data, labels=truth)[event]
     draw_event(item["image"], item.get("labels"), path=out)
-    console.print(f"wrote {out}")
+    _wrote(out)
 
 
 @app.command()
@@ -225,6 +223,12 @@ def bench(
     for name in names:
         importlib.import_module(f".bench.{name}", __package__).run(folder)
     console.print(f"recorded in {folder}")
+
+
+def _wrote(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

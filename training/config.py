@@ -61,7 +61,7 @@ class TrainConfig:
     )
     warmup: int = _option(0, "Optimizer steps in which the learning rate rises.", least=0)
 
-    precision: Literal["fp32", "bf16", "fp16"] = _option(
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = _option(
         "fp32", "Compute type; bf16 and fp16 are mixed precision with float32 weights."
     )
     device: Literal["auto", "cpu", "gpu"] = _option("auto", "Where to run.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..events import Event
 from ..models import PRESETS, uresnet
-
+from ..ops.batch_norm import SyncBatchNorm
 from .config import TrainConfig
 from .loss import SegmentationLoss
 from .metrics import SegmentationMetrics
@@ -37,8 +37,6 @@ def build_model(config: TrainConfig) -> nn.Module:
             raise ValueError(f"want in network {name}=VALUE; got {part!r}") from None
     model = uresnet(dataclasses.replace(preset, **changes))
     if config.sync_batch_norm:
-        from ..ops.batch_norm import SyncBatchNorm
-
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -17,11 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from .callbacks import Meter, RunKeeper, peak_memory, progress
 from .checkpoint import BEST, LAST, AtomicCheckpointIO, load
 from .config import TrainConfig
+from .curves import FOLDER, draw_curves
 from .data import open_events, training_loader, validation_loader
 from .module import SegmentationModule, build_model
 
 CONFIG = "config.yaml"
-PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Summary:
 def train(config: TrainConfig, resume: str | None = None) -> Summary:
     """Train as config says, in as many processes as torchrun started, and return a summary.
 
-    The folder config.out gets config.yaml, last.ckpt, with validation best.ckpt, and curves for
-    TensorBoard. A resumed run takes the same steps, on the same events, with the same losses as
-    one that was never interrupted.
+    The folder config.out gets config.yaml, last.ckpt, with validation best.ckpt, curves for
+    TensorBoard, and at the end a picture of them. A resumed run takes the same steps, on the same
+    events, with the same losses as one that was never interrupted.
 
     Args:
         config: the run.
@@ -89,7 +90,7 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
             limit_val_batches=0 if validation is None else None,
             callbacks=[meter, RunKeeper(config, steps), progress(config, steps, meter)],
             plugins=[AtomicCheckpointIO(), _environment(processes)],
-            logger=TensorBoardLogger(folder, name="curves", version="", purge_step=done + 1),
+            logger=TensorBoardLogger(folder, name=FOLDER, version="", purge_step=done + 1),
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_progress_bar=sys.stdout.isatty(),
@@ -101,6 +102,8 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
         if config.validate_first and validation is not None and done == 0:
             trainer.validate(module, validation, verbose=False)
         trainer.fit(module, training, validation, ckpt_path=checkpoint)
+    if rank == 0:
+        draw_curves(folder)
     return Summary(
         steps=trainer.global_step,
         images_per_second=meter.images_per_second,
