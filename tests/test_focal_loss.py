@@ -5,6 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from fullres.ops import focal_loss as module
 from fullres.ops.focal_loss import (
     BLOCK_ELEMENTS,
@@ -12,9 +16,6 @@ from fullres.ops.focal_loss import (
     softmax_focal_loss,
     softmax_focal_loss_reference,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 ALPHAS = (None, 0.25, (0.25, 1.0, 4.0))
 

@@ -324,6 +324,9 @@ def rank_main(rank: int, folder: Path):
                 "buffers": list(model.module.buffers()),
                 "calls": (in_forward, list(calls)),
             }
+        calls.clear()
+        alone = SegmentationLoss("even", synchronize=False)(logits, labels[own])
+        results[name, "alone"] = alone.detach(), [x.detach() for x in logits], list(calls)
         metrics.update(logits, labels[own])
         results[name, "metrics"] = metrics.compute()
     torch.save(results, folder / f"{rank}.pt")
@@ -363,6 +366,15 @@ def test_two_ranks_step_as_one_with_the_whole_batch(two_ranks, split, scheme):
         torch.testing.assert_close(rank["buffers"], list(model.buffers()), **exact)
         # The loss has one in forward; those in backward are of the normalisations.
         assert rank["calls"] == ([(3, 3, 3)], [(2, 3)] * 3)
+
+
+def test_without_synchronization_a_rank_has_its_own_loss_and_calls_nobody(two_ranks):
+    _, labels = images()
+    for results, y in zip(two_ranks, (labels[:2], labels[2:]), strict=True):
+        loss, logits, calls = results["uneven", "alone"]
+        expected = SegmentationLoss("even")(logits, y)  # one process: nobody to ask
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        assert calls == []
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -5,11 +5,12 @@ Two ranks are compared with one in test_loss.py, where two processes run.
 
 import pytest
 import torch
-from fullres.training import metrics as module
-from fullres.training.metrics import SegmentationMetrics, confusion_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from fullres.training import metrics as module
+from fullres.training.metrics import SegmentationMetrics, confusion_matrix
 
 NAMES = ("accuracy", "non_background_accuracy", "cosmic_iou", "neutrino_iou", "mean_iou")
 

@@ -59,7 +59,8 @@ class SegmentationLoss(torch.nn.Module):
 
     Attributes:
         global_value: the last forward's loss of the global batch, a detached scalar that is equal
-            on all ranks; None before the first forward. Reading it needs no communication.
+            on all ranks; None before the first forward. Reading it needs no communication. With
+            synchronize=False each rank has that of its own batch.
     """
 
     def __init__(
