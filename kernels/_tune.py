@@ -30,6 +30,13 @@ def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
     return triton.autotune(list(configs), key=list(key), cache_results=True)
 
 
+@contextmanager
+def pinned(kernel: Autotuner, config: triton.Config) -> Iterator[None]:
+    """Launch kernel with this configuration inside, whatever its tuner would pick."""
+    with mock.patch.object(kernel, "configs", [config]):
+        yield
+
+
 def interpreting() -> bool:
     """Return whether launches run in the interpreter: `interpreted` or TRITON_INTERPRET=1.
 
