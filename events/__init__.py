@@ -1,6 +1,7 @@
 """Detector events: reader, writer, generator and displays."""
 
 from .dataset import CLASSES, SIZE, Event, EventDataset, flip, flips
+from .display import draw_event
 from .file import EventFile, EventFileError
 from .synthetic import SyntheticEvents, generate_event, generate_file
 from .writer import EventWriter
@@ -14,6 +15,7 @@ __all__ = [
     "EventFileError",
     "EventWriter",
     "SyntheticEvents",
+    "draw_event",
     "flip",
     "flips",
     "generate_event",

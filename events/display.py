@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Distinct for colour-blind readers, and in print: grey, blue, vermilion; purple for what is false.
 CLASS_COLOURS = ("#b4b4b4", "#0072b2", "#e8590c")
 ERRORS = ("correct", "cosmic / background confused", "falsely neutrino", "missed neutrino")
-ERROR_COLOURS = ("#dcdcdc", "#0072b2", "#b5179e", "#e8590c")
+ERROR_COLOURS = ("#c8c8c8", "#0072b2", "#b5179e", "#e8590c")
 PLANE_NAMES = ("plane 0, wires at +60°", "plane 1, wires at −60°", "plane 2, vertical wires")
 
 _PANEL = (640, 1024)  # most pixels of a panel
@@ -149,8 +149,7 @@ def draw_event(
     low = float(positive.min()) if len(positive) else 1.0
     high = max(float(np.percentile(positive, 99.8)) if len(positive) else 2.0, 2 * low)
     inferno = colormaps["inferno"](np.linspace(0.3, 1.0, 256))
-    charge_map = LinearSegmentedColormap.from_list("charge", inferno)
-    charge_map.set_under(_EMPTY)
+    charge_map = LinearSegmentedColormap.from_list("charge", inferno).with_extremes(under=_EMPTY)
     styles = {
         "charge": {"cmap": charge_map, "norm": LogNorm(low, high)},
         "errors": {"cmap": ListedColormap(("white", *ERROR_COLOURS)), "vmin": -0.5, "vmax": 4.5},
@@ -180,7 +179,7 @@ def draw_event(
                 **styles.get(name, classes),
             )
             ax.set_title(f"neutrino, {name}" if zoomed else name, fontsize=12, loc="left")
-            if name == "errors":
+            if name == "errors" and not zoomed:
                 score = (_iou(prediction[plane], labels[plane], label) for label in (1, 2))
                 text = "IoU  cosmic {:.3f}   neutrino {:.3f}".format(*score)
                 ax.set_title(text.replace("nan", "none"), fontsize=11, loc="right")

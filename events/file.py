@@ -218,7 +218,7 @@ class EventFile(EventDataset):
         if len(bad):
             event = int(bad[0])
             raise self._fail(
-                f"{name} point to rows {first[event]} to {first[event] + number[event]} of "
+                f"{name} point to {number[event]} rows from {first[event]} of "
                 f"{target}, which has {limit}",
                 group,
                 event,
@@ -233,8 +233,8 @@ class EventFile(EventDataset):
         if bad.any():
             event, k = (int(i) for i in np.argwhere(bad)[0])
             raise self._fail(
-                f"voxel_extents point to rows {first[event, k]} to "
-                f"{first[event, k] + number[event, k]} of voxels, which has {limit}",
+                f"voxel_extents point to {number[event, k]} rows from {first[event, k]} of voxels, "
+                f"which has {limit}",
                 group,
                 event,
                 mine["ID"][event, k],

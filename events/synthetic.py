@@ -105,14 +105,14 @@ def _shower(rng, start, direction, energy, cosmic, t0) -> _Particles:
     dots = rng.poisson(energy / 16.0)
     number = branches + dots
     # Longitudinal gamma profile; the first branches form the trunk.
-    depth = rng.gamma(1.1 + 0.22 * np.log1p(energy / 30.0), 0.75 * _RADIATION_CM, number)
+    depth = rng.gamma(1.2 + 0.35 * np.log1p(energy / 30.0), 0.9 * _RADIATION_CM, number)
     depth[: min(3, branches)] *= 0.1
-    angle = np.where(np.arange(number) < branches, 0.06, 0.5)[:, None]
+    angle = np.where(np.arange(number) < branches, 0.05, 0.3)[:, None]
     spread = rng.standard_normal((number, 3))
     spread *= rng.gamma(1.5, 0.8, (number, 1)) * angle
     ray = direction + spread
     length = np.empty(number)
-    length[:branches] = np.clip(rng.exponential(4.5, branches), 0.5, 25.0)
+    length[:branches] = np.clip(rng.exponential(4.0, branches), 0.5, 25.0)
     length[branches:] = rng.exponential(0.35, dots) + 0.1
     heading = ray + spread + rng.standard_normal((number, 3)) * (0.1 + angle)
     return _particles(start + ray * depth[:, None], heading, length, _ELECTRON, cosmic, t0)
@@ -209,12 +209,13 @@ def _steps(rng: np.random.Generator, particles: _Particles):
     whose = np.repeat(np.arange(len(counts)), counts)
     begin = np.cumsum(counts) - counts
     k = np.arange(len(whose)) - begin[whose]
-    # Residual range, hence kinetic energy, hence multiple scattering (p beta ~ 2 T) and dE/dx.
+    # Residual range, hence kinetic energy, hence multiple scattering and dE/dx.
     left = (counts[whose] - k - 0.5) * STEP_CM + particles.left[whose]
     rise, power, floor = (a[whose] for a in (particles.rise, particles.power, particles.floor))
     steep = rise * left**power
     energy = floor * left + steep * left / (1 + power)
-    kick = 13.6 * np.sqrt(STEP_CM / _RADIATION_CM) / (2 * energy + 1.0)
+    momentum = np.where(rise > 0, 2.0, 1.0) * energy  # times beta, MeV: electrons have one T
+    kick = 13.6 * np.sqrt(STEP_CM / _RADIATION_CM) / (momentum + 1.0)
 
     def running(values: np.ndarray) -> np.ndarray:
         """Return the sum of a particle's values up to and with each step."""
@@ -256,7 +257,8 @@ def _noise(rng: np.random.Generator, detector: _Detector):
         row = rng.integers(low, high, bursts)
         member = np.repeat(np.arange(bursts), rng.geometric(0.42, bursts))
         offset = np.rint(rng.laplace(0.0, 4.0, len(member))).astype(np.int64)
-        offset[1:][(member[1:] == member[:-1]) & (rng.random(len(member) - 1) < 0.45)] = 1
+        adjacent = (member[1:] == member[:-1]) & (rng.random(len(member)) < 0.45)[1:]
+        offset[1:][adjacent] = 1
         row = row[member] + offset
         inside = (row >= low) & (row < high)
         flat.append(((plane * columns + column[member]) * rows + row)[inside])
