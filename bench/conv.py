@@ -6,6 +6,7 @@ the roofs are printed as predictions, with what the compiler made of the kernel 
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -73,22 +74,23 @@ def _work(N: int, shape: tuple[int, ...], dtype: str, roof: dict[str, float]) ->
 
 def _compiled() -> list[dict]:
     from ..kernels import aot
-    from ..kernels.conv import CONFIGS, conv2d_fwd_variant
+    from ..kernels.conv import CONFIGS, ROWS_CONFIGS, conv2d_fwd_variant
 
     rows = []
     for C, K, R in dict.fromkeys(shape[:3] for shape in SHAPES):
         for target in COMPILED_FOR:
-            # Every configuration for the card that we tune on, the portable one for the others.
-            for i, config in enumerate(CONFIGS if target == "sm_90" else CONFIGS[:1]):
-                variant = conv2d_fwd_variant("bf16", C, K, R, bias=False, config=config)
-                row = aot.report(variant, target).row()
-                del row["kernel"]
-                rows.append({"layer": f"{R}x{R} {C}->{K}", "dtype": "bf16", "config": i, **row})
+            for configs in (CONFIGS, ROWS_CONFIGS) if R == 3 and C <= 32 else (CONFIGS,):
+                # Every configuration for the card that we tune on, the portable one for others.
+                for i, config in enumerate(configs if target == "sm_90" else configs[:1]):
+                    variant = conv2d_fwd_variant("bf16", C, K, R, bias=False, config=config)
+                    row = aot.report(variant, target).row()
+                    layer = {"layer": f"{R}x{R} {C}->{K}", "kernel": row.pop("kernel")}
+                    rows.append({**layer, "config": i, **row})
     return rows
 
 
 def _measure(out: Path) -> list[dict]:
-    from ..kernels.conv import conv2d_fwd_kernel
+    from ..kernels.conv import conv2d_fwd_kernel, conv2d_fwd_kernel_for, conv2d_fwd_rows_kernel
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means IEEE, on both sides
@@ -108,7 +110,8 @@ def _measure(out: Path) -> list[dict]:
         measured = {}
         for provider, call in _providers(x, weight, R // 2).items():
             measured[provider] = _time(call, x, weight, R // 2, work)
-        best = str(conv2d_fwd_kernel.best_config)
+        kernel = conv2d_fwd_kernel_for(C, K, R, DTYPES[dtype].itemsize)
+        best = f"{kernel.base_fn.__name__}: {kernel.best_config}"
         for provider, figures in measured.items():
             correct = measured["fullres"]["agrees"] and figures["agrees"]
             ratio = measured["cudnn"]["ms"] / figures["ms"] if correct else "WRONG"
@@ -116,9 +119,14 @@ def _measure(out: Path) -> list[dict]:
             rows.append(
                 {**work, "provider": provider, **figures, "cudnn_over_it": ratio, "config": config}
             )
-        for config in conv2d_fwd_kernel.configs:
-            ms = _time_pinned(config, lambda x=x, w=weight, p=R // 2: conv2d(x, w, padding=p))
-            tuned.append({**work, "config": str(config), "ms": ms, "of_roof": work["roof_ms"] / ms})
+        # Each configuration of each kernel that can do it, also where the other is preferred.
+        rows_too = R == 3 and C <= 32 and dtype != "fp32"
+        kernels = [conv2d_fwd_kernel, *([conv2d_fwd_rows_kernel] if rows_too else [])]
+        for kernel, config in [(k, c) for k in kernels for c in k.configs]:
+            call = _providers(x, weight, R // 2)["fullres"]
+            ms = _time_pinned(kernel, config, call)
+            name = f"{kernel.base_fn.__name__}: {config}"
+            tuned.append({**work, "config": name, "ms": ms, "of_roof": work["roof_ms"] / ms})
         del x, weight, call
         torch.cuda.empty_cache()
     print(table([{k: v for k, v in row.items() if k != "config"} for row in rows]))
@@ -178,15 +186,18 @@ def _time(call, x, weight, padding, work) -> dict:
     }
 
 
-def _time_pinned(config, call) -> float:
-    """Return the median milliseconds with one configuration; infinite where it does not fit."""
+def _time_pinned(kernel, config, call) -> float:
+    """Return a configuration's median milliseconds; infinite where it does not fit the card."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
+    from ..kernels import conv
     from ..kernels._tune import pinned
-    from ..kernels.conv import conv2d_fwd_kernel
 
-    with pinned(conv2d_fwd_kernel, config):
+    with (
+        mock.patch.object(conv, "conv2d_fwd_kernel_for", return_value=kernel),
+        pinned(kernel, config),
+    ):
         try:
             return do_bench(call, warmup=25, rep=100, return_mode="median")
         except OutOfResources:

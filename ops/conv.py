@@ -81,7 +81,7 @@ def conv2d_triton(
     x, weight and bias as for `conv2d`; nothing is recorded for backward.
     """
     from ..kernels._tune import interpreting  # here: importing ops must not need triton
-    from ..kernels.conv import conv2d_fwd_grid, conv2d_fwd_kernel
+    from ..kernels.conv import conv2d_fwd_grid, conv2d_fwd_kernel_for
 
     _check(x, weight, bias, padding)
     (N, C, H, W), (K, _, R, S) = x.shape, weight.shape
@@ -93,7 +93,8 @@ def conv2d_triton(
         bias = None if bias is None else bias.contiguous()
         tf32 = x.dtype == torch.float32 and _tf32_allowed()
         with torch.cuda.device_of(x):  # triton launches on the current device
-            conv2d_fwd_kernel[conv2d_fwd_grid(N, P, Q, K)](
+            kernel = conv2d_fwd_kernel_for(C, K, R, x.itemsize)
+            kernel[conv2d_fwd_grid(N, P, Q, K)](
                 x, weight, bias, y, H, W, C=C, K=K, R=R, S=S, PAD=padding,
                 PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
             )  # fmt: skip

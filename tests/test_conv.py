@@ -1,6 +1,7 @@
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -164,14 +165,47 @@ def test_kernel_agrees_at_any_shape(shape):
     assert_close(y, *given)
 
 
-def test_every_configuration_computes_the_formula(rng, interpreted, poisoned):
-    from fullres.kernels._tune import pinned
-    from fullres.kernels.conv import CONFIGS, conv2d_fwd_kernel
+@contextmanager
+def only(kernel, config=None):
+    """Launch this kernel, with its first configuration unless another is given."""
+    from fullres.kernels import _tune, conv
 
-    given = arguments((1, 24, 9, 35, 80, 3, 1), torch.float16, rng)
-    for config in CONFIGS:
-        with pinned(conv2d_fwd_kernel, config):
+    config = config or kernel.configs[0]
+    with patch.object(conv, "conv2d_fwd_kernel_for", return_value=kernel):
+        with _tune.pinned(kernel, config):
+            yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if s[1] <= 32 and s[5] == 3], ids=str)
+def test_both_kernels_compute_the_formula(shape, dtype, rng, interpreted, poisoned):
+    from fullres.kernels.conv import conv2d_fwd_kernel, conv2d_fwd_rows_kernel
+
+    given = arguments(shape, dtype, rng)
+    for kernel in (conv2d_fwd_kernel, conv2d_fwd_rows_kernel):
+        with only(kernel):
             assert_close(conv2d_triton(*given), *given)
+
+
+def test_every_configuration_computes_the_formula(rng, interpreted, poisoned):
+    given = arguments((1, 24, 19, 35, 80, 3, 1), torch.float16, rng)
+    for kernel, config in configurations():
+        with only(kernel, config):
+            assert_close(conv2d_triton(*given), *given)
+
+
+def configurations():
+    from fullres.kernels.conv import (
+        CONFIGS,
+        ROWS_CONFIGS,
+        conv2d_fwd_kernel,
+        conv2d_fwd_rows_kernel,
+    )
+
+    return [
+        *((conv2d_fwd_kernel, config) for config in CONFIGS),
+        *((conv2d_fwd_rows_kernel, config) for config in ROWS_CONFIGS),
+    ]
 
 
 def test_the_interpreter_leaves_no_trace():
@@ -448,13 +482,12 @@ assert conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @SHAPE
 def test_device_computes_the_formula(shape, dtype, rng):
-    from fullres.kernels._tune import pinned
-    from fullres.kernels.conv import CONFIGS, conv2d_fwd_kernel
+    from fullres.kernels.conv import conv2d_fwd_kernel
 
     given = arguments(shape, dtype, rng, device="cuda")
     # bfloat16 through the tuner, as users have it; compiling all for each dtype would take minutes.
     tuned = dtype == torch.bfloat16
-    with nullcontext() if tuned else pinned(conv2d_fwd_kernel, CONFIGS[0]):
+    with nullcontext() if tuned else only(conv2d_fwd_kernel):
         y = conv2d(*given[:3], padding=given[3])
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y.cpu(), *(t.cpu() if torch.is_tensor(t) else t for t in given))
@@ -470,17 +503,18 @@ def test_device_computes_the_formula(shape, dtype, rng):
 def test_device_computes_the_formula_in_every_configuration(shape, dtype, rng):
     from triton.runtime.errors import OutOfResources
 
-    from fullres.kernels._tune import pinned
-    from fullres.kernels.conv import CONFIGS, conv2d_fwd_kernel
+    from fullres.kernels.conv import CONFIGS, ROWS_CONFIGS, conv2d_fwd_rows_kernel
 
     given = arguments(shape, dtype, rng, device="cuda")
     host = [t.cpu() if torch.is_tensor(t) else t for t in given]
-    for i, config in enumerate(CONFIGS):
-        with pinned(conv2d_fwd_kernel, config):
+    for kernel, config in configurations():
+        if kernel is conv2d_fwd_rows_kernel and (shape[5] != 3 or shape[1] > 32):
+            continue
+        with only(kernel, config):
             try:
                 y = conv2d_triton(*given)
             except OutOfResources:  # the tuner skips it; the first may not fail anywhere
-                assert i > 0
+                assert config not in (CONFIGS[0], ROWS_CONFIGS[0])
                 continue
         assert_close(y.cpu(), *host)
 
