@@ -48,8 +48,6 @@ CONFIGS = [  # the first must fit every supported device: tests and the interpre
     _config(4, 32, MAX_J=64, MAX_K=64, num_warps=8, num_stages=1),
     _config(4, 32, MAX_J=128, MAX_K=64, num_warps=8, num_stages=1),
 ]
-
-
 ROWS_CONFIGS = [
     triton.Config({"BLOCK_P": 16, "BLOCK_Q": 64, "MAX_K": 32}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_P": 32, "BLOCK_Q": 64, "MAX_K": 32}, num_warps=4, num_stages=4),

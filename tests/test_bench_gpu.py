@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from fullres.bench import gpu
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@needs_no_gpu
+def test_says_that_there_is_no_gpu_and_fails(capsys, tmp_path):
+    assert gpu.main(["--out", str(tmp_path / "results")]) == 2
+    assert "NO GPU" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+@needs_no_gpu
+def test_a_failed_section_is_shown_and_costs_only_itself(capsys, monkeypatch, tmp_path):
+    """Of two benchmarks that do not exist each fails in its own process; the rehearsal goes on."""
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"absent_a": 60, "absent_b": 60})
+    arguments = ["--smoke", "--only", "absent_a,absent_b", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED") == 2
+    assert "NOT RUN ON A CARD" in printed
+    assert "No module named 'fullres.bench.absent_a'" in (tmp_path / "absent_a.log").read_text()
+    assert (tmp_path / "gpu.json").exists()
+
+
+def test_a_section_that_hangs_is_stopped(tmp_path):
+    command = ["-c", "print('begun', flush=True); import time; time.sleep(600)"]
+    status, seconds, timed_out = gpu._run("hangs", command, tmp_path, limit=1)
+    assert timed_out and status != 0 and seconds < 60
+    assert gpu._row("hangs", False, seconds, timed_out, "")["outcome"] == "TIMED OUT"
+    assert (tmp_path / "hangs.log").read_text().startswith("begun")
+
+
+def test_refuses_sections_it_does_not_have(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "tests,everything"])
+    assert "want some of tests,conv" in capsys.readouterr().err
