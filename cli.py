@@ -189,7 +189,7 @@ def generate(
             overwrite=overwrite,
             progress=lambda done, total: bar.update(task, completed=done),
         )
-    console.print(f"wrote {out}: {events} events, {out.stat().st_size / 2**20:.1f} MiB")
+    _wrote(out)
 
 
 @app.command()
@@ -200,10 +200,14 @@ def display(
     truth: Annotated[bool, typer.Option(help="Draw the labels too.")] = True,
 ) -> None:
     """Draw one event of a file."""
-    from .events import EventFile, draw_event
+    from .events import EventFile
+    from .events.display import draw_event
 
-    item = EventFile(data, labels=truth)[event]
-    draw_event(item["image"], item.get("labels"), path=out)
+    whole = EventFile(data, size=(1, 1), labels=truth).shape(0)
+    item = EventFile(data, size=whole, labels=truth)[event]
+    title = f"{data.name}, event {item['index']}"
+    event_id = item["event_id"].tolist()
+    draw_event(item["image"], item.get("labels"), path=out, title=title, event_id=event_id)
     _wrote(out)
 
 

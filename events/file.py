@@ -114,6 +114,11 @@ class EventFile(EventDataset):
         """Return the number of events."""
         return self._count
 
+    def shape(self, index: int) -> tuple[int, int]:
+        """Return rows and columns of an event's images in the file, of which `size` is a crop."""
+        with _lock:
+            return self._read_shape(next(iter(self._groups.values())), index)
+
     def close(self) -> None:
         """Close this process's handle, if it has one; the next item opens another."""
         with _lock:

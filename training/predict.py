@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..events import EventFile, EventWriter, draw_event
+from ..events import EventFile, EventWriter
+from ..events.display import draw_event
 from .checkpoint import load
 from .config import TrainConfig
 from .metrics import SegmentationMetrics
@@ -49,8 +50,9 @@ def predict(
 ) -> Prediction:
     """Label every pixel of a file's events with the network of a checkpoint.
 
-    Writes out/labels.h5, labels in the layout of the data, of pixels in the image size that the
-    network was trained at, and out/event-NNNNN.png for the first events.
+    Writes out/labels.h5, in the layout and with the pixel ids of the data, and out/event-NNNNN.png
+    for the first events. The network sees the image size that it was trained at; pixels outside,
+    such as the rows that 1260 x 2048 leaves out, are labelled background.
 
     Args:
         checkpoint: of `fullres train`; its charge options apply to the data.
@@ -103,10 +105,21 @@ def predict(
             if labels is not None:
                 metrics.update(logits, labels[None].to(device))
             predicted = torch.cat([plane.argmax(1) for plane in logits]).to(torch.uint8).cpu()
-            writer.write(None, predicted, event_id=event["event_id"])
+            rows, columns = events.shape(index)
+            outside = (0, columns - config.size[1], 0, rows - config.size[0])
+            writer.write(
+                None, torch.nn.functional.pad(predicted, outside), event_id=event["event_id"]
+            )
             if index < displays:
                 picture = out / f"event-{index:05d}.png"
-                draw_event(event["image"], labels, predicted, path=picture)
+                draw_event(
+                    event["image"],
+                    labels,
+                    predicted,
+                    path=picture,
+                    title=f"{Path(data).name}, event {index}",
+                    event_id=event["event_id"].tolist(),
+                )
                 pictures.append(picture)
             if progress is not None:
                 progress(index + 1, len(events))
