@@ -57,6 +57,14 @@ def _iou(prediction: np.ndarray, labels: np.ndarray, label: int) -> float:
     return both / either if either else float("nan")
 
 
+def _errors(labels: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Return an index into ERRORS for each pixel, uint8; the worse an error, the higher."""
+    wrong = labels != prediction
+    return np.select(
+        [wrong & (labels == 2), wrong & (prediction == 2), wrong], [3, 2, 1], 0
+    ).astype(np.uint8)
+
+
 def _window(mask: np.ndarray) -> tuple[slice, list[slice]] | None:
     """Return the rows, shared, and the columns of each plane around the marked pixels."""
     if not mask.any():
@@ -134,10 +142,8 @@ def draw_event(
     if prediction is not None:
         kinds.append(("prediction", drawn(prediction)))
     if labels is not None and prediction is not None:
-        wrong = labels != prediction
-        errors = wrong + wrong * (prediction == 2) + 2 * wrong * (labels == 2)
         shown = occupied | (labels > 0) | (prediction > 0)
-        kinds.append(("errors", np.where(shown, errors + 1, 0).astype(np.uint8)))
+        kinds.append(("errors", np.where(shown, _errors(labels, prediction) + 1, 0)))
     window = None
     if zoom and (labels is not None or prediction is not None):
         window = _window((labels if labels is not None else prediction) == 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fullres.events import draw_event, generate_event
-from fullres.events.display import _iou, _pooled, _window
+from fullres.events.display import ERRORS, _errors, _iou, _pooled, _window
 
 SIZE = (1260, 2048)
 
@@ -63,6 +63,15 @@ def test_intersection_over_union_counts_pixels():
     truth, prediction = np.array([[2, 2, 1, 0]]), np.array([[2, 1, 1, 0]])
     assert _iou(prediction, truth, 2) == 0.5 and _iou(prediction, truth, 1) == 0.5
     assert np.isnan(_iou(truth, truth, 3))
+
+
+def test_each_error_has_its_kind():
+    labels, prediction = np.repeat([0, 1, 2], 3), np.tile([0, 1, 2], 3)
+    kinds = [ERRORS[k].split()[0] for k in _errors(labels, prediction)]
+    assert kinds[0] == kinds[4] == kinds[8] == "correct"
+    assert kinds[1] == kinds[3] == "cosmic"
+    assert kinds[2] == kinds[5] == "falsely"
+    assert kinds[6] == kinds[7] == "missed"
 
 
 def test_the_zoom_is_around_the_neutrino_and_its_rows_are_shared():

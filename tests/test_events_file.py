@@ -75,7 +75,18 @@ def test_real_events_equal_a_decoding_pixel_by_pixel(real_events, size):
     assert item["index"] == 2 and item["event_id"].tolist() == [-1, -1, -1]
 
 
-def test_a_crop_keeps_the_first_rows_and_columns(real_events):
+@pytest.mark.parametrize("flip_seed", [None, 9])
+def test_a_crop_of_any_size_is_the_corner_of_the_whole(small, flip_seed):
+    size = (20, 31)
+    whole, crop = EventFile(small, size=SIZE), EventFile(small, size=size, flip_seed=flip_seed)
+    for k in range(4):
+        turns = flips(9, 0, k) if flip_seed else (False, False)
+        axes = [1] * turns[0] + [2] * turns[1]
+        for key in ("image", "labels"):
+            assert torch.equal(crop[k][key], whole[k][key][:, :20, :31].flip(axes))
+
+
+def test_the_last_twenty_rows_of_a_real_event_are_dropped(real_events):
     whole, crop = EventFile(real_events, size=(1280, 2048))[1], EventFile(real_events)[1]
     assert crop["image"].shape == (3, 1260, 2048)
     for key in ("image", "labels"):

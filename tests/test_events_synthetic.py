@@ -146,6 +146,25 @@ def test_a_point_lands_on_the_columns_of_its_geometry(monkeypatch):
     assert abs(rows[2] + 0.5 - 640 - (0.4 * half[0] + 0.5) / module.ROW_CM) < 2
 
 
+def test_what_comes_late_looks_displaced_towards_the_cathode(monkeypatch):
+    monkeypatch.setattr(module, "_cosmics", lambda *_: [])
+    monkeypatch.setattr(module, "_noise", lambda *_: (np.empty(0, int), np.empty(0, np.float32)))
+
+    def rows(x, t0):
+        def point(rng, detector):
+            at = np.array([[x, 0.1, 0.2]]) * detector.half
+            return [module._particles(at, [[0, 1.0, 0]], [2.0], module._PROTON, False, t0)]
+
+        monkeypatch.setattr(module, "_neutrino", point)
+        item = generate_event(0, 0, (640, 1024), neutrino_fraction=1.0)
+        return torch.nonzero(item["image"].sum(dim=(0, 2))).flatten().float().mean()
+
+    for x, towards in ((-0.5, 1), (0.5, -1)):
+        shift = rows(x, 40.0) - rows(x, 0.0)
+        assert abs(shift - towards * 40) < 1.5
+        assert rows(x, 170.0).isnan()  # past the cathode: outside the readout window
+
+
 @pytest.mark.parametrize("fraction, low, high", [(0.0, 0, 0), (0.5, 12, 28), (1.0, 34, 40)])
 def test_the_neutrino_fraction_is_kept(fraction, low, high):
     events = SyntheticEvents(40, seed=2, size=SMALL, neutrino_fraction=fraction)
