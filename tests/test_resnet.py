@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from fullres import models
-from fullres.models import resnet18, resnet50
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+
+from fullres import models
+from fullres.models import resnet18, resnet50
 
 # name: (blocks a layer, convolutions a block, parameters)
 NETWORKS = {

@@ -9,10 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from fullres.models import PRESETS, UResNet, UResNetConfig, uresnet
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+
+from fullres.models import PRESETS, UResNet, UResNetConfig, uresnet
 
 PARAMETERS = {"uresnet": 18_382_131, "a21": 8_510_547, "polaris": 1_926_403, "scc21": 18_367_891}
 LAYOUT = {  # number of keys, and the hash of every "key shape" line in order
