@@ -141,8 +141,8 @@ def run(out: Path, *, events: int = 64, many: int = 2000, repeats: int = REPEATS
                         peak_mib=statistics.median(r["peak_mib"] for r in runs),
                     )
                 )
+        print(table(rows))
+        save("events", rows, out)  # here, so that it records the one thread that was used
     finally:
         torch.set_num_threads(threads)
-    print(table(rows))
-    save("events", rows, out)
     return rows
