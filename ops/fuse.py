@@ -1,0 +1,93 @@
+"""What fused convolutions compute around the product: prologues and their backward, in plain torch.
+
+Tensors are [N, C, H, W] in channels_last. A *norm* is float32 [4, C] (float64 for float64 images):
+mean, scale, shift and inverse deviation of each channel, so that (x - mean) * scale + shift is the
+normalised x. *Coefficients* are [4, C] alike: mean, a, b, d of kernels/fuse.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Activation = Literal["none", "relu", "leaky_relu", "silu"]
+Resample = Literal["none", "pool2", "up2"]
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """How a convolution makes its input z out of what is stored, as it loads it.
+
+        z = resample(act(norm(x) + residual_norm(residual)))
+
+    x: [N, C, H, W], the compute dtype. norm: [4, C] or None, which leaves x as it is. residual: as
+    x, or None; residual_norm: its norm, or None. act: what follows the sum; slope: of
+    "leaky_relu". resample: "none", "pool2" (the maximum of each 2 x 2 pixels, an odd last row or
+    column dropped) or "up2" (bilinear, twice the size, align_corners=False).
+
+    z is rounded once, to x's dtype, before the product. Where the convolution pads, z is 0.
+    """
+
+    x: torch.Tensor
+    norm: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    residual_norm: torch.Tensor | None = None
+    act: Activation = "none"
+    slope: float = 0.01
+    resample: Resample = "none"
+
+
+def normalised(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+    """Return x, normalised, in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm is None:
+        return x
+    mean, scale, shift = norm[:3, :, None, None]
+    return (x - mean) * scale + shift
+
+
+def preactivation(p: Prologue) -> torch.Tensor:
+    """Return what p.act is applied to, in at least float32."""
+    pre = normalised(p.x, p.norm)
+    return pre if p.residual is None else pre + normalised(p.residual, p.residual_norm)
+
+
+def activated(pre: torch.Tensor, act: Activation, slope: float) -> torch.Tensor:
+    """Return act(pre)."""
+    if act == "leaky_relu":
+        return F.leaky_relu(pre, slope)
+    return {"none": lambda t: t, "relu": F.relu, "silu": F.silu}[act](pre)
+
+
+def resampled(z: torch.Tensor, resample: Resample) -> torch.Tensor:
+    """Return z pooled or enlarged."""
+    if resample == "pool2":
+        return F.max_pool2d(z, 2)
+    if resample == "up2":
+        return F.interpolate(z, scale_factor=2, mode="bilinear", align_corners=False)
+    return z
+
+
+def prologue_reference(p: Prologue) -> torch.Tensor:
+    """Return z in at least float32, not yet rounded."""
+    return resampled(activated(preactivation(p), p.act, p.slope), p.resample)
+
+
+def prologue_backward_reference(p: Prologue, dz: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the preactivation from that of z, both in at least float32."""
+    pre = preactivation(p).detach().requires_grad_()
+    with torch.enable_grad():
+        z = resampled(activated(pre, p.act, p.slope), p.resample)
+    return torch.autograd.grad(z, pre, dz.to(pre.dtype))[0]
+
+
+def gradient_reference(
+    g: torch.Tensor, y: torch.Tensor | None, coef: torch.Tensor | None
+) -> torch.Tensor:
+    """Return dy = a * g + b * (y - mean) + d, or g where coef is None, in at least float32."""
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    if coef is None:
+        return g
+    mean, a, b, d = coef[:, :, None, None]
+    return a * g + b * (y.to(g.dtype) - mean) + d
