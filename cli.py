@@ -141,7 +141,7 @@ def predict(
     ] = None,
 ) -> None:
     """Label a file's events; draw charge, truth, prediction and errors."""
-    from .training.predict import predict as run
+    from .training.prediction import predict as run
 
     with _progress() as bar:
         task = bar.add_task("Predicting", total=None)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .focal_loss import first_order
+from .autograd import first_order
 
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32: what half-precision inputs are widened by at a time
 

@@ -12,10 +12,11 @@ leave no digit of it at the many pixels that are classified well.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
 
 import torch
+
+from .autograd import first_order
 
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB of fp32: small beside a batch, and worth a device's launches
 
@@ -103,25 +104,6 @@ def softmax_focal_loss_reference(
         return loss
     total = weight.sum() if reduction == "mean" else torch.ones_like(loss.sum())
     return loss.sum() / torch.where(total == 0, 1, total)
-
-
-def first_order(backward: Callable) -> Callable:
-    """Return the `backward` of an autograd.Function, made to raise under create_graph=True.
-
-    torch's once_differentiable raises only where the incoming gradient requires one itself. Where
-    it does not, as below any scalar loss, a gradient penalty's own term would silently be lost.
-    """
-
-    @wraps(backward)
-    def checked(ctx, *gradients):
-        if torch.is_grad_enabled():  # only create_graph=True runs a backward so
-            raise RuntimeError(
-                f"{type(ctx).__name__.removesuffix('Backward').lstrip('_')} has no second "
-                "derivatives: backward and grad must run with create_graph=False"
-            )
-        return backward(ctx, *gradients)
-
-    return checked
 
 
 def accumulator_dtype(logits: torch.Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Rules that no other tool checks, each learnt from a failure; the source is read, nothing runs."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,14 @@ def test_no_room_needs_the_libraries_we_compare_with(path):
     top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     names = {a.name for n in top for a in n.names} | {getattr(n, "module", None) for n in top}
     assert not {(name or "").split(".")[0] for name in names} & {"torchvision", "timm"}
+
+
+def test_every_test_named_in_the_readme_exists():
+    names = {p.name: p.read_text() for p in (ROOT / "tests").glob("test_*.py")}
+    text = (ROOT / "tests" / "README.md").read_text()
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", text)
+    assert len(named) > 20
+    file = ""
+    for new, test in named:  # a name without a file is in the file named last
+        file = new or file
+        assert f"def {test}(" in names[file], f"{file}::{test}"

@@ -10,7 +10,7 @@ import torch
 
 from fullres.events import EventFile, generate_file
 from fullres.training.config import TrainConfig
-from fullres.training.predict import load_model, predict
+from fullres.training.prediction import load_model, predict
 from fullres.training.run import train
 
 TINY = "filters=4,depth=2,level_blocks=1,deepest_blocks=1,deepest_channels=8,deepest_kernel=3"

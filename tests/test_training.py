@@ -195,10 +195,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, preset):
     one = options(tmp_path / "one", preset=preset, batch_size=2, val_split=0.4, **more)
     train(TrainConfig(**one))
     two = command({**one, "batch_size": 1, "out": str(tmp_path / "two")})
-    program = tmp_path / "program.py"
-    program.write_text("from fullres.cli import main\nmain()\n")
     launch = [two[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, str(program), *two[3:]], check=True, timeout=300)
+    subprocess.run([*launch, "-m", "fullres", *two[3:]], check=True, timeout=300)
     for tag in ("training/loss", "validation/loss", "validation/cosmic_iou"):
         a, b = curve(tmp_path / "one", tag), curve(tmp_path / "two", tag)
         assert a.keys() == b.keys()

@@ -174,7 +174,9 @@ class Meter(Callback):
         if trainer.logger is not None:
             named = {f"training/{name}": value for name, value in values.items()}
             trainer.logger.log_metrics(named, step=trainer.global_step)
-        shown = {"loss": values["loss"], "images/s": values.get("images_per_second", math.nan)}
+        shown = {"loss": values["loss"]}
+        if "images_per_second" in values:
+            shown["images/s"] = values["images_per_second"]
         module.log_dict(shown, prog_bar=True, logger=False, rank_zero_only=True)
         self._since = now
 
@@ -209,11 +211,10 @@ class Lines(Callback):
         due = time.perf_counter() - self._printed >= 10 or trainer.global_step == self.steps
         if trainer.is_global_zero and due and (batch_idx + 1) % self.config.accumulate == 0:
             self._printed = time.perf_counter()
-            print(
-                f"step {trainer.global_step}/{self.steps}  loss {module.step_loss:.4g}  "
-                f"{self.meter.images_per_second:.3g} images/s",
-                flush=True,
-            )
+            line = f"step {trainer.global_step}/{self.steps}  loss {module.step_loss:.4g}"
+            if self.meter.seconds:
+                line += f"  {self.meter.images_per_second:.3g} images/s"
+            print(line, flush=True)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print the newest validation."""

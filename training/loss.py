@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from ..ops.autograd import first_order
 from ..ops.focal_loss import (
     accumulator_dtype,
-    first_order,
     focal_slope,
     label_probabilities,
     logits_gradient,
