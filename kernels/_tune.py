@@ -23,11 +23,20 @@ def has_device() -> bool:
 def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
     """Return triton.autotune over configs, or over the first alone where none can be timed.
 
-    The winners are kept in triton's cache folder, so that a second process doesn't time again.
+    The winners are kept in triton's cache folder, so that a second process doesn't time again. The
+    tuner's `every_config` holds all of them wherever it is, for whoever compiles ahead of time.
     """
-    if triton.knobs.runtime.interpret or not has_device():
-        configs = configs[:1]
-    return triton.autotune(list(configs), key=list(key), cache_results=True)
+    untimed = triton.knobs.runtime.interpret or not has_device()
+    tuner = triton.autotune(
+        list(configs[:1] if untimed else configs), list(key), cache_results=True
+    )
+
+    def tuned(fn):
+        kernel = tuner(fn)
+        kernel.every_config = list(configs)
+        return kernel
+
+    return tuned
 
 
 @contextmanager

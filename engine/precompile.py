@@ -1,0 +1,94 @@
+"""Which kernels a training step launches, found and compiled before there is a device.
+
+The step runs once on fake tensors, with each of our operators taking its device path, where every
+launch is recorded in place of being made. So what is compiled is what the step would ask for, and
+the same code decides.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class _DevicePath(TorchDispatchMode):
+    """Run the CUDA implementation of our operators, whatever the device of their tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func.namespace == "fullres":
+            launch = OPDEFS[func._schema.name]._backend_fns["cuda"]
+            return launch(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def record_launches(step: Callable[[], Any], target: str) -> list:
+    """Return the kernel launches (`kernels.aot.Launch`) that step() makes, each once.
+
+    Args:
+        step: makes its tensors itself, on the CPU; they are fake, and cost nothing.
+        target: "sm_80", "sm_90" or "gfx942".
+    """
+    from ..kernels import aot  # here: importing the engine must not need triton
+
+    def stand_in(argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return aot.tensor_argument(argument.dtype, argument.untyped_storage().nbytes())
+        return argument
+
+    with aot.recorded(target, stand_in) as launches, FakeTensorMode(), _DevicePath():
+        step()
+    return list(launches)
+
+
+def training_step(
+    build: Callable[[], nn.Module], input_shape: Iterable[int], dtype: torch.dtype
+) -> Callable[[], None]:
+    """Return a function that builds a network and takes it forward and backward once.
+
+    Args:
+        build: returns the network.
+        input_shape: of its one input, such as [N, C, H, W].
+        dtype: the compute type; float16 and bfloat16 run under autocast.
+    """
+
+    def step() -> None:
+        model = build()
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        x = torch.empty(tuple(input_shape)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(x)
+        sum(t.float().sum() for t in tree_flatten(out)[0]).backward()
+
+    return step
+
+
+def precompile(
+    step: Callable[[], Any], targets: Iterable[str], out: str | Path
+) -> list[dict[str, Any]]:
+    """Compile what step() launches for each target into out/cache; return a row a variant.
+
+    Runs in parallel, and again only for what changed. A process on such a device, of the same
+    triton and package versions, that runs with TRITON_CACHE_DIR=out/cache then compiles nothing.
+
+    A row has the figures of `kernels.aot.Report` and "variant", the constants that tell it apart.
+
+    Raises:
+        ValueError: an unknown target.
+        RuntimeError: a variant does not compile.
+    """
+    from ..kernels import aot
+
+    targets = list(targets)
+    if unknown := sorted({*targets} - {*aot.TARGETS}):
+        raise ValueError(f"target: want some of {', '.join(aot.TARGETS)}; got {', '.join(unknown)}")
+    launches = [launch for target in targets for launch in record_launches(step, target)]
+    made = aot.build(launches, Path(out))
+    return [{**report.row(), "variant": launch.label} for launch, report in made]
