@@ -28,22 +28,22 @@ class _DevicePath(TorchDispatchMode):
 
 
 def record_launches(step: Callable[[], Any], target: str) -> list:
-    """Return the kernel launches (`kernels.aot.Launch`) that step() makes, each once.
+    """Return the kernel launches (`kernels.launches.Launch`) that step() makes, each once.
 
     Args:
         step: makes its tensors itself, on the CPU; they are fake, and cost nothing.
         target: "sm_80", "sm_90" or "gfx942".
     """
-    from ..kernels import aot  # here: importing the engine must not need triton
+    from ..kernels import launches  # here: importing the engine must not need triton
 
     def stand_in(argument: Any) -> Any:
         if isinstance(argument, Tensor):
-            return aot.tensor_argument(argument.dtype, argument.untyped_storage().nbytes())
+            return launches.tensor_argument(argument.dtype, argument.untyped_storage().nbytes())
         return argument
 
-    with aot.recorded(target, stand_in) as launches, FakeTensorMode(), _DevicePath():
+    with launches.recorded(target, stand_in) as made, FakeTensorMode(), _DevicePath():
         step()
-    return list(launches)
+    return list(made)
 
 
 def training_step(
@@ -84,11 +84,11 @@ def precompile(
         ValueError: an unknown target.
         RuntimeError: a variant does not compile.
     """
-    from ..kernels import aot
+    from ..kernels.aot import TARGETS
+    from ..kernels.launches import build
 
     targets = list(targets)
-    if unknown := sorted({*targets} - {*aot.TARGETS}):
-        raise ValueError(f"target: want some of {', '.join(aot.TARGETS)}; got {', '.join(unknown)}")
-    launches = [launch for target in targets for launch in record_launches(step, target)]
-    made = aot.build(launches, Path(out))
-    return [{**report.row(), "variant": launch.label} for launch, report in made]
+    if unknown := sorted({*targets} - {*TARGETS}):
+        raise ValueError(f"target: want some of {', '.join(TARGETS)}; got {', '.join(unknown)}")
+    made = [launch for target in targets for launch in record_launches(step, target)]
+    return [{**report.row(), "variant": launch.label} for launch, report in build(made, Path(out))]

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from fullres.engine.precompile import precompile, record_launches, training_step
-from fullres.kernels import aot
+from fullres.kernels import aot, launches
 from fullres.kernels.conv import ROWS_CONFIGS
 from fullres.ops.conv import conv2d
 
@@ -38,20 +38,20 @@ def files(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_each_variant_of_a_step_is_recorded_once(target):
-    launches = record_launches(STEP, target)
-    assert len(set(launches)) == len(launches) > len(ROWS_CONFIGS)  # in all configurations
-    rows = [x for x in launches if x.kernel.endswith(":conv2d_fwd_rows_kernel")]
+    found = record_launches(STEP, target)
+    assert len(set(found)) == len(found) > len(ROWS_CONFIGS)  # in all configurations
+    rows = [x for x in found if x.kernel.endswith(":conv2d_fwd_rows_kernel")]
     assert {x.target for x in rows} == {target}
     forward = [x for x in rows if "R=3" in x.label]
     assert all("*bf16" in x.label for x in forward)  # autocast's type, not the weights'
 
 
 def test_recording_leaves_no_trace():
-    before = aot.JITFunction.run, aot.Autotuner.run, triton.knobs.runtime.jit_cache_hook
+    before = launches.JITFunction.run, launches.Autotuner.run, triton.knobs.runtime.jit_cache_hook
     record_launches(STEP, "sm_90")
     assert (
-        aot.JITFunction.run,
-        aot.Autotuner.run,
+        launches.JITFunction.run,
+        launches.Autotuner.run,
         triton.knobs.runtime.jit_cache_hook,
     ) == before
 
@@ -113,12 +113,12 @@ def test_a_process_with_the_cache_compiles_nothing(built):
     program = """
 from unittest import mock
 import torch, triton
-from fullres.kernels import aot
+from fullres.kernels import launches
 from fullres.ops.conv import conv2d_triton
 
 hits = []
 triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-run = aot.JITFunction.run
+run = launches.JITFunction.run
 
 def launch(self, *args, grid, warmup, **kwargs):
     return run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -130,9 +130,9 @@ def tune(self, *args, **kwargs):
 x = torch.empty(1, 16, 64, 64, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
 weight = torch.empty(16, 16, 3, 3, dtype=torch.float16)
 with (
-    aot._posing_as("sm_80"),
-    mock.patch.object(aot.JITFunction, "run", launch),
-    mock.patch.object(aot.Autotuner, "run", tune),
+    launches.posing_as("sm_80"),
+    mock.patch.object(launches.JITFunction, "run", launch),
+    mock.patch.object(launches.Autotuner, "run", tune),
 ):
     conv2d_triton(x, weight, None, 1)
 print(len(hits), all(hits))
@@ -152,9 +152,9 @@ def test_what_does_not_compile_is_named(tmp_path):
     (launch, *_) = record_launches(one_convolution, "sm_80")
     broken = json.loads(launch.description)
     broken["signature"] = {k: "nonsense" for k in broken["signature"]}
-    launch = aot.Launch(launch.kernel, launch.target, json.dumps(broken))
+    launch = launches.Launch(launch.kernel, launch.target, json.dumps(broken))
     with pytest.raises(RuntimeError, match="nonsense"):
-        aot.build([launch], tmp_path)
+        launches.build([launch], tmp_path)
 
 
 def test_unknown_targets_are_named(tmp_path):
