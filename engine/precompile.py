@@ -71,12 +71,17 @@ def training_step(
 
 
 def precompile(
-    step: Callable[[], Any], targets: Iterable[str], out: str | Path
+    step: Callable[[], Any],
+    targets: Iterable[str],
+    out: str | Path,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """Compile what step() launches for each target into out/cache; return a row a variant.
 
     Runs in parallel, and again only for what changed. A process on such a device, of the same
     triton and package versions, that runs with TRITON_CACHE_DIR=out/cache then compiles nothing.
+
+    progress is called with the number of variants compiled so far, and of those to compile.
 
     A row has the figures of `kernels.aot.Report` and "variant", the constants that tell it apart.
 
@@ -91,4 +96,5 @@ def precompile(
     if unknown := sorted({*targets} - {*TARGETS}):
         raise ValueError(f"target: want some of {', '.join(TARGETS)}; got {', '.join(unknown)}")
     made = [launch for target in targets for launch in record_launches(step, target)]
-    return [{**report.row(), "variant": launch.label} for launch, report in build(made, Path(out))]
+    built = build(made, Path(out), progress)
+    return [{**report.row(), "variant": launch.label} for launch, report in built]

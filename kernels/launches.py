@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -108,11 +109,14 @@ def compile_launch(launch: Launch) -> Report:
         return report_of(kernel.preload(launch.description), launch.target)
 
 
-def build(launches: Iterable[Launch], out: Path) -> list[tuple[Launch, Report]]:
+def build(
+    launches: Iterable[Launch], out: Path, progress: Callable[[int, int], object] = lambda *_: None
+) -> list[tuple[Launch, Report]]:
     """Compile launches in parallel into out/cache, those alone whose source or arguments changed.
 
     out/build.ninja drives it: an edge a launch. With TRITON_CACHE_DIR=out/cache a process that
-    makes these launches on such a device compiles nothing.
+    makes these launches on such a device compiles nothing. Interrupted, it goes on where it was.
+    progress is called with how many of those to compile are compiled, and how many there are.
 
     Raises:
         RuntimeError: a launch does not compile; the compiler's words are in the message.
@@ -141,14 +145,22 @@ def build(launches: Iterable[Launch], out: Path) -> list[tuple[Launch, Report]]:
         edge = f"build {_ninja_path(files[launch])}: compile {_ninja_path(file)} | {sources}"
         lines += [edge, f"  kernel = {name}"]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    done = subprocess.run(
+    run = subprocess.Popen(
         [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), "-k", "0"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")},
     )
-    if done.returncode:
-        raise RuntimeError(f"ahead-of-time compilation failed:\n{done.stdout}{done.stderr}")
+    said = []
+    with run as process:
+        for line in process.stdout:
+            if count := re.match(r"\[(\d+)/(\d+)\]", line):
+                progress(int(count[1]), int(count[2]))
+            else:
+                said.append(line)
+    if process.returncode:
+        raise RuntimeError(f"ahead-of-time compilation failed:\n{''.join(said)}")
     return [(launch, Report(**json.loads(file.read_text()))) for launch, file in files.items()]
 
 

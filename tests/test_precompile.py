@@ -103,7 +103,9 @@ def test_only_what_changed_is_compiled_again(built):
 
     gone = sorted((out / "reports").iterdir())[0]
     gone.unlink()
-    assert precompile(one_convolution, ["sm_80"], out) == rows
+    seen = []
+    assert precompile(one_convolution, ["sm_80"], out, lambda *count: seen.append(count)) == rows
+    assert seen == [(1, 1)]
     after = files(out / "reports")
     assert {p for p, t in after.items() if before[p] != t} == {str(gone)}
 
