@@ -1,6 +1,8 @@
 """What all tests share: seeded inputs, the device marker, and the real events where present."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Small tensors on few cores: threads that wait for each other cost ten times what they save. Set
@@ -45,3 +47,21 @@ def reference_folder() -> Path:
     if not path.exists():
         pytest.skip("needs the published shapes in shared/reference")
     return path
+
+
+@pytest.fixture(scope="module")
+def two_ranks(request, tmp_path_factory) -> list:
+    """What the test's own file, run as a program, left as rank 0 and as rank 1.
+
+    It is given a rank and a folder, and saves into folder/rank.pt.
+    """
+    folder = tmp_path_factory.mktemp("two_ranks")
+    ranks = [
+        subprocess.Popen([sys.executable, request.path, str(rank), folder]) for rank in range(2)
+    ]
+    try:
+        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    finally:
+        for p in ranks:
+            p.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

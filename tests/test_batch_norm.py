@@ -4,8 +4,6 @@ Run as a script, this file is one rank of the two-process test.
 """
 
 import itertools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -118,22 +116,6 @@ def rank_main(rank: int, folder: Path):
     results["calls"] = list(calls)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), folder], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
-    finally:
-        for p in ranks:
-            p.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize(("split", "option", "name"), CASES)
