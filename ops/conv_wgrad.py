@@ -1,0 +1,286 @@
+"""The gradient of a convolution's weight and bias, from what is stored for backward."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .conv import _tf32_allowed
+from .fuse import Prologue, gradient_reference, prologue_reference
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TILE_ROWS = 17  # more rows of pixels than any kernel configuration's tile has
+
+
+@torch.library.custom_op("fullres::conv2d_wgrad", mutates_args=(), device_types="cpu")
+def conv2d_wgrad(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_norm: torch.Tensor | None,
+    act: str,
+    slope: float,
+    resample: str,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients (dw, db) of the weight and the bias of a convolution of z.
+
+    z is what a `Prologue` of the first seven arguments makes, dy = coef applied to (g, y), or g
+    without coef. Both are rounded to x's dtype before they are multiplied; the sums over pixels are
+    float32, in an order that is fixed: the same arguments give the same bits. There is no autograd.
+
+    Args:
+        x: [N, C, H, W], any N, also 0; float32, float16 or bfloat16, on the CPU also float64.
+        norm: [4, C], float32 (float64 for float64 images), or None.
+        residual: as x, or None.
+        residual_norm: as norm.
+        act: "none", "relu", "leaky_relu" with slope, or "silu".
+        slope: of "leaky_relu".
+        resample: "none", "pool2" or "up2".
+        g: [N, K, P, Q], of x's dtype, the convolution's output size.
+        y: as g, or None.
+        coef: [4, K], float32 (float64 for float64 images); None where y is.
+        weight_shape: [K, C / groups, R, S].
+        stride: of rows and of columns.
+        padding: rows and columns of zeros on each side of z.
+        dilation: of rows and of columns.
+        groups: a divisor of C and of K.
+        bias: whether db is asked for.
+
+    Images are best in channels_last, else copies of them are made.
+
+    Returns:
+        dw [K, C / groups, R, S] in channels_last and db [K], or [0] without bias: float32, or
+        float64 for float64 images.
+
+    Raises:
+        ValueError: for any other shape, dtype, device or name.
+    """
+    return conv2d_wgrad_reference(
+        Prologue(x, norm, residual, residual_norm, act, slope, resample),
+        g, y, coef, weight_shape, stride, padding, dilation, groups, bias,
+    )  # fmt: skip
+
+
+def conv2d_wgrad_reference(
+    prologue: Prologue,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what conv2d_wgrad means, in plain torch; any device."""
+    dtype = prologue.x.dtype
+    _check(prologue, g, y, coef, weight_shape, stride, padding, dilation, groups)
+    dw, db = _empty_results(prologue.x, weight_shape, bias)
+    wide = dw.dtype
+    with torch.autocast(g.device.type, enabled=False):
+        z = prologue_reference(prologue).to(dtype).to(wide)
+        dy = gradient_reference(g, y, coef).to(dtype).to(wide)
+        weight = dy.new_zeros(()).expand(list(weight_shape))  # its shape alone counts
+        gradient = torch.ops.aten.convolution_backward(
+            dy, z, weight, None, stride, padding, dilation, False, [0, 0], groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+    dw.copy_(gradient)
+    if bias:
+        db.copy_(dy.sum((0, 2, 3)))
+    return dw, db
+
+
+@conv2d_wgrad.register_kernel("cuda")
+def conv2d_wgrad_triton(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_norm: torch.Tensor | None,
+    act: str,
+    slope: float,
+    resample: str,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return conv2d_wgrad by Triton: on a GPU, or on the CPU while kernels are interpreted."""
+    from ..kernels import wgrad as kernels  # here: importing ops must not need triton
+    from ..kernels._tune import interpreting
+
+    prologue = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    _check(prologue, g, y, coef, weight_shape, stride, padding, dilation, groups)
+    (N, C, H, W), (_, K, P, Q), (_, CG, R, S) = x.shape, g.shape, weight_shape
+    if not N:
+        dw, db = _empty_results(x, weight_shape, bias)
+        return dw.zero_(), db.zero_()
+
+    def dense(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.contiguous(memory_format=torch.channels_last)
+
+    def table(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.contiguous()
+
+    depthwise = CG == 1 and groups > 1
+    config = (kernels.DEPTHWISE_CONFIGS if depthwise else kernels.CONFIGS)[0].kwargs
+    blocks = kernels.conv2d_wgrad_blocks(
+        C, K, R, S, groups, config.get("MAX_J"), config["MAX_K"]
+    )  # roughly: the tuner may take another configuration, which covers the same ranges
+    splits = kernels.conv2d_wgrad_splits(N * P * Q, blocks)
+    grid = kernels.conv2d_wgrad_grid(C, K, R, S, groups, splits)
+    dw = torch.empty((splits, K, R, S, CG), dtype=torch.float32, device=x.device)
+    db = torch.empty((splits, K), dtype=torch.float32, device=x.device) if bias else None
+    arguments = (
+        dense(x), table(norm), dense(residual), table(residual_norm), dense(g), dense(y),
+        table(coef), dw, db, N, H, W, P, Q, splits,
+    )  # fmt: skip
+    constants = {
+        "C": C, "K": K, "R": R, "S": S, "STRIDE_H": stride[0], "STRIDE_W": stride[1],
+        "PAD_H": padding[0], "PAD_W": padding[1], "DIL_H": dilation[0], "DIL_W": dilation[1],
+        "ACT": act, "SLOPE": slope if act == "leaky_relu" else 0.0, "RESAMPLE": resample,
+        "TILE_Q": kernels.tile_width(P, Q),
+    }  # fmt: skip
+    with torch.cuda.device_of(x):  # triton launches on the current device
+        if depthwise:
+            kernels.conv2d_wgrad_depthwise_kernel[grid](*arguments, **constants)
+        else:
+            tf32 = x.dtype == torch.float32 and _tf32_allowed()
+            kernels.conv2d_wgrad_kernel[grid](
+                *arguments, **constants, GROUPS=groups,
+                PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
+            )  # fmt: skip
+        dw = _sum_parts(dw).permute(0, 3, 1, 2)
+        db = _sum_parts(db) if bias else x.new_empty(0, dtype=torch.float32)
+    return dw, db
+
+
+def _sum_parts(parts: torch.Tensor) -> torch.Tensor:
+    """Return the sum of parts over their first axis, added up in a tree of one order."""
+    from ..kernels.wgrad import BLOCK_L, FAN_IN, sum_parts_kernel
+
+    while (T := parts.shape[0]) > 1:
+        sums = parts.new_empty((-(-T // FAN_IN), *parts.shape[1:]))
+        L = sums[0].numel()
+        grid = -(-L // BLOCK_L), sums.shape[0]
+        sum_parts_kernel[grid](parts, sums, T, L, FAN_IN=FAN_IN, BLOCK_L=BLOCK_L)
+        parts = sums
+    return parts[0]
+
+
+@conv2d_wgrad.register_fake
+def _(
+    x, norm, residual, residual_norm, act, slope, resample, g, y, coef,
+    weight_shape, stride, padding, dilation, groups, bias,
+):  # fmt: skip
+    prologue = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    _check(prologue, g, y, coef, weight_shape, stride, padding, dilation, groups)
+    return _empty_results(x, weight_shape, bias)
+
+
+def _empty_results(
+    x: torch.Tensor, weight_shape: Sequence[int], bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dw = torch.empty(
+        list(weight_shape), dtype=dtype, device=x.device, memory_format=torch.channels_last
+    )
+    return dw, torch.empty(weight_shape[0] if bias else 0, dtype=dtype, device=x.device)
+
+
+def _check(
+    prologue: Prologue,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise ValueError, naming argument, wanted and given, for what no path computes."""
+
+    def want(holds: bool, argument: str, wanted: str, given: object) -> None:
+        if not holds:
+            raise ValueError(f"{argument}: want {wanted}, got {given}")
+
+    x, residual = prologue.x, prologue.residual
+    cpu = x.device.type == "cpu"
+    dtypes = (*_DTYPES, torch.float64) if cpu else _DTYPES
+    want(x.dim() == 4, "x", "[N, C, H, W]", list(x.shape))
+    want(x.dtype in dtypes, "x", f"a dtype in {dtypes} on {x.device.type}", x.dtype)
+    N, C, H, W = x.shape
+    want(C > 0, "x", "at least one channel", list(x.shape))
+    want(g.dim() == 4, "g", "[N, K, P, Q]", list(g.shape))
+    K = g.shape[1]
+    acts = ("none", "relu", "leaky_relu", "silu")
+    want(prologue.act in acts, "act", f"one of {acts}", repr(prologue.act))
+    resamples = ("none", "pool2", "up2")
+    want(prologue.resample in resamples, "resample", f"one of {resamples}", repr(prologue.resample))
+
+    for name, pair in ("stride", stride), ("padding", padding), ("dilation", dilation):
+        least = 0 if name == "padding" else 1
+        holds = len(pair) == 2 and all(value >= least for value in pair)
+        want(holds, name, f"two numbers of at least {least}", list(pair))
+    want(groups > 0 and C % groups == 0, "groups", f"a divisor of C = {C}", groups)
+    want(
+        len(weight_shape) == 4 and all(size > 0 for size in weight_shape),
+        "weight_shape", "[K, C / groups, R, S], none of them 0", list(weight_shape),
+    )  # fmt: skip
+    K, CG, R, S = weight_shape
+    want(CG * groups == C, "weight_shape", f"C / groups = {C // groups}", CG)
+    want(K % groups == 0, "weight_shape", f"K a multiple of groups = {groups}", K)
+    if prologue.resample == "pool2":
+        H, W = H // 2, W // 2
+    elif prologue.resample == "up2":
+        H, W = 2 * H, 2 * W
+    wanted = [
+        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
+        for size, pad, dil, taps, step in zip(
+            (H, W), padding, dilation, (R, S), stride, strict=True
+        )
+    ]
+    want(
+        min(wanted) > 0 and min(H, W) > 0,
+        "x", f"an image that holds {R} x {S} taps", f"{H} x {W} after resampling",
+    )  # fmt: skip
+    want(list(g.shape) == [N, K, *wanted], "g", f"{[N, K, *wanted]}", list(g.shape))
+    want((y is None) == (coef is None), "y", "it and coef or neither", "one of them")
+    want(
+        residual is not None or prologue.residual_norm is None, "residual_norm", "a residual", None
+    )
+
+    for name, t, like in ("residual", residual, x), ("g", g, g), ("y", y, g):
+        if t is not None:
+            want(t.dtype == x.dtype, name, f"x's dtype {x.dtype}", t.dtype)
+            want(t.device == x.device, name, f"x's device {x.device}", t.device)
+            want(t.shape == like.shape, name, f"{list(like.shape)}", list(t.shape))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for name, t, channels in (
+        ("norm", prologue.norm, C),
+        ("residual_norm", prologue.residual_norm, C),
+        ("coef", coef, K),
+    ):
+        if t is not None:
+            want(list(t.shape) == [4, channels], name, f"[4, {channels}]", list(t.shape))
+            want(t.dtype == wide, name, f"{wide}", t.dtype)
+            want(t.device == x.device, name, f"x's device {x.device}", t.device)
+    stored = x.shape[3] * C * (2 if prologue.resample == "pool2" else 1)
+    rows = _TILE_ROWS * max(stored * stride[0], (g.shape[3] + S * dilation[1]) * max(K, C))
+    want(rows < 2**31, "x", f"{_TILE_ROWS} rows of x and of y below 2**31 elements", rows)
+    want(K * CG * R * S < 2**31, "weight_shape", "below 2**31 elements", list(weight_shape))
