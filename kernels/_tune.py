@@ -75,7 +75,8 @@ def interpreted() -> Iterator[None]:
             scope.restore()  # else the language stays patched and the next compilation fails
 
     def first(self, *args, **kwargs):
-        return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
+        self.best_config = self.configs[0]
+        return self.fn.run(*args, **kwargs, **self.best_config.all_kwargs())
 
     global _interpreting
     with (

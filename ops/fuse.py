@@ -76,10 +76,22 @@ def prologue_reference(p: Prologue) -> torch.Tensor:
 
 def prologue_backward_reference(p: Prologue, dz: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the preactivation from that of z, both in at least float32."""
-    pre = preactivation(p).detach().requires_grad_()
-    with torch.enable_grad():
-        z = resampled(activated(pre, p.act, p.slope), p.resample)
-    return torch.autograd.grad(z, pre, dz.to(pre.dtype))[0]
+    # Operators of autograd's own, not autograd: inside a custom op nothing is recorded.
+    pre, aten = preactivation(p), torch.ops.aten
+    dz = dz.to(pre.dtype)
+    if p.resample == "pool2":
+        z = activated(pre, p.act, p.slope)
+        _, taken = aten.max_pool2d_with_indices(z, [2, 2])
+        dz = aten.max_pool2d_with_indices_backward(
+            dz, z, [2, 2], [2, 2], [0, 0], [1, 1], False, taken
+        )
+    elif p.resample == "up2":
+        dz = aten.upsample_bilinear2d_backward(dz, dz.shape[2:], pre.shape, False, 2.0, 2.0)
+    if p.act == "relu":
+        return aten.threshold_backward(dz, pre, 0)
+    if p.act == "leaky_relu":
+        return aten.leaky_relu_backward(dz, pre, p.slope, False)
+    return aten.silu_backward(dz, pre) if p.act == "silu" else dz
 
 
 def gradient_reference(
