@@ -44,7 +44,7 @@ import triton.language as tl
 
 from ._tune import autotune
 from .aot import Variant
-from .fuse import activate, load_coefficients, load_norm
+from .fuse import load_activated, load_coefficients, load_dy, load_norm, load_z
 
 CHAIN = 1 << 14  # pixels that one sum adds up; 1,024 additions of a tensor core's 16 products
 FAN_IN = 32  # rows that one program of the tree adds
@@ -111,89 +111,6 @@ def conv2d_wgrad_grid(C: int, K: int, R: int, S: int, groups: int, splits: int):
         return (splits * conv2d_wgrad_blocks(C, K, R, S, groups, *sizes),)
 
     return grid
-
-
-@triton.jit
-def load_activated(
-    x_ptr, residual_ptr, offs, mask,
-    mean, scale, shift, mean_r, scale_r, shift_r,
-    NORM: tl.constexpr, RESIDUAL_NORM: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
-):  # fmt: skip
-    """Return act(norm(x) + residual_norm(residual)) at offs, in float32; garbage off the mask."""
-    pre = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        pre = (pre - mean) * scale + shift
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if RESIDUAL_NORM:
-            residual = (residual - mean_r) * scale_r + shift_r
-        pre += residual
-    return activate(pre, ACT, SLOPE)
-
-
-@triton.jit
-def load_z(
-    x_ptr, residual_ptr,  # [N, H, W, C]
-    n, h0, h, w, c, mask,  # image, a first row, rows from it on, columns; of z; channels
-    mean, scale, shift, mean_r, scale_r, shift_r,  # of channels c
-    H, W, C: tl.constexpr,  # of x
-    NORM: tl.constexpr, RESIDUAL_NORM: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
-    RESAMPLE: tl.constexpr,
-):  # fmt: skip
-    """Return the pooled or enlarged z[n, h, w, c] in float32; garbage off the mask."""
-    if RESAMPLE == "pool2":
-        base = (n * H + 2 * h0) * W * C
-        upper = 2 * (h - h0) * W
-        lower = upper + W
-        left = 2 * w
-        right = left + 1
-    else:
-        tl.static_assert(RESAMPLE == "up2")
-        first = tl.maximum(h0, 0) // 2
-        base = (n * H + first) * W * C
-        upper = h // 2  # weighs three quarters; the row beyond it, at the border itself, a quarter
-        lower = tl.minimum(tl.maximum(upper + h % 2 * 2 - 1, 0), H - 1)
-        upper = (upper - first) * W
-        lower = (lower - first) * W
-        left = w // 2
-        right = tl.minimum(tl.maximum(left + w % 2 * 2 - 1, 0), W - 1)
-    x_ptr += base
-    if residual_ptr is not None:
-        residual_ptr += base
-    z00 = load_activated(
-        x_ptr, residual_ptr, (upper + left) * C + c, mask,
-        mean, scale, shift, mean_r, scale_r, shift_r, NORM, RESIDUAL_NORM, ACT, SLOPE,
-    )  # fmt: skip
-    z01 = load_activated(
-        x_ptr, residual_ptr, (upper + right) * C + c, mask,
-        mean, scale, shift, mean_r, scale_r, shift_r, NORM, RESIDUAL_NORM, ACT, SLOPE,
-    )  # fmt: skip
-    z10 = load_activated(
-        x_ptr, residual_ptr, (lower + left) * C + c, mask,
-        mean, scale, shift, mean_r, scale_r, shift_r, NORM, RESIDUAL_NORM, ACT, SLOPE,
-    )  # fmt: skip
-    z11 = load_activated(
-        x_ptr, residual_ptr, (lower + right) * C + c, mask,
-        mean, scale, shift, mean_r, scale_r, shift_r, NORM, RESIDUAL_NORM, ACT, SLOPE,
-    )  # fmt: skip
-    if RESAMPLE == "pool2":  # NaN wins, as in torch
-        z0 = tl.maximum(z00, z01, propagate_nan=tl.PropagateNan.ALL)
-        z1 = tl.maximum(z10, z11, propagate_nan=tl.PropagateNan.ALL)
-        z = tl.maximum(z0, z1, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        z = 0.75 * (0.75 * z00 + 0.25 * z01) + 0.25 * (0.75 * z10 + 0.25 * z11)
-    return z
-
-
-@triton.jit
-def load_dy(g_ptr, y_ptr, offs, mask, mean, a, b, d, COEF: tl.constexpr):
-    """Return dy = a*g + b*(y - mean) + d at offs in g's type, or g; 0 off the mask."""
-    dy = tl.load(g_ptr + offs, mask=mask, other=0.0)
-    if COEF:
-        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        wide = a * dy.to(tl.float32) + b * (y - mean) + d
-        dy = tl.where(mask, wide, 0.0).to(dy.dtype)
-    return dy
 
 
 @autotune(

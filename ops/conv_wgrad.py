@@ -4,11 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
-from .conv import _tf32_allowed
-from .fuse import Prologue, gradient_reference, prologue_reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TILE_ROWS = 17  # more rows of pixels than any kernel configuration's tile has
+from .dispatch import tf32_allowed
+from .fuse import Prologue, gradient_reference, prologue_reference, resampled_size
+from .geometry import (
+    Geometry,
+    check_geometry,
+    check_like,
+    check_prologue,
+    check_tables,
+    dense,
+    want,
+)
 
 
 @torch.library.custom_op("fullres::conv2d_wgrad", mutates_args=(), device_types="cpu")
@@ -130,9 +136,6 @@ def conv2d_wgrad_triton(
         dw, db = _empty_results(x, weight_shape, bias)
         return dw.zero_(), db.zero_()
 
-    def dense(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.contiguous(memory_format=torch.channels_last)
-
     def table(t: torch.Tensor | None) -> torch.Tensor | None:
         return None if t is None else t.contiguous()
 
@@ -159,7 +162,7 @@ def conv2d_wgrad_triton(
         if depthwise:
             kernels.conv2d_wgrad_depthwise_kernel[grid](*arguments, **constants)
         else:
-            tf32 = x.dtype == torch.float32 and _tf32_allowed()
+            tf32 = x.dtype == torch.float32 and tf32_allowed()
             kernels.conv2d_wgrad_kernel[grid](
                 *arguments, **constants, GROUPS=groups,
                 PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
@@ -214,73 +217,12 @@ def _check(
     groups: int,
 ) -> None:
     """Raise ValueError, naming argument, wanted and given, for what no path computes."""
-
-    def want(holds: bool, argument: str, wanted: str, given: object) -> None:
-        if not holds:
-            raise ValueError(f"{argument}: want {wanted}, got {given}")
-
-    x, residual = prologue.x, prologue.residual
-    cpu = x.device.type == "cpu"
-    dtypes = (*_DTYPES, torch.float64) if cpu else _DTYPES
-    want(x.dim() == 4, "x", "[N, C, H, W]", list(x.shape))
-    want(x.dtype in dtypes, "x", f"a dtype in {dtypes} on {x.device.type}", x.dtype)
+    check_prologue(prologue)
+    x = prologue.x
     N, C, H, W = x.shape
-    want(C > 0, "x", "at least one channel", list(x.shape))
-    want(g.dim() == 4, "g", "[N, K, P, Q]", list(g.shape))
-    K = g.shape[1]
-    acts = ("none", "relu", "leaky_relu", "silu")
-    want(prologue.act in acts, "act", f"one of {acts}", repr(prologue.act))
-    resamples = ("none", "pool2", "up2")
-    want(prologue.resample in resamples, "resample", f"one of {resamples}", repr(prologue.resample))
-
-    for name, pair in ("stride", stride), ("padding", padding), ("dilation", dilation):
-        least = 0 if name == "padding" else 1
-        holds = len(pair) == 2 and all(value >= least for value in pair)
-        want(holds, name, f"two numbers of at least {least}", list(pair))
-    want(groups > 0 and C % groups == 0, "groups", f"a divisor of C = {C}", groups)
-    want(
-        len(weight_shape) == 4 and all(size > 0 for size in weight_shape),
-        "weight_shape", "[K, C / groups, R, S], none of them 0", list(weight_shape),
-    )  # fmt: skip
-    K, CG, R, S = weight_shape
-    want(CG * groups == C, "weight_shape", f"C / groups = {C // groups}", CG)
-    want(K % groups == 0, "weight_shape", f"K a multiple of groups = {groups}", K)
-    if prologue.resample == "pool2":
-        H, W = H // 2, W // 2
-    elif prologue.resample == "up2":
-        H, W = 2 * H, 2 * W
-    wanted = [
-        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
-        for size, pad, dil, taps, step in zip(
-            (H, W), padding, dilation, (R, S), stride, strict=True
-        )
-    ]
-    want(
-        min(wanted) > 0 and min(H, W) > 0,
-        "x", f"an image that holds {R} x {S} taps", f"{H} x {W} after resampling",
-    )  # fmt: skip
-    want(list(g.shape) == [N, K, *wanted], "g", f"{[N, K, *wanted]}", list(g.shape))
+    geometry = Geometry(weight_shape, stride, padding, dilation, groups)
+    size = check_geometry(geometry, C, resampled_size(H, W, prologue.resample), "weight_shape")
     want((y is None) == (coef is None), "y", "it and coef or neither", "one of them")
-    want(
-        residual is not None or prologue.residual_norm is None, "residual_norm", "a residual", None
-    )
-
-    for name, t, like in ("residual", residual, x), ("g", g, g), ("y", y, g):
-        if t is not None:
-            want(t.dtype == x.dtype, name, f"x's dtype {x.dtype}", t.dtype)
-            want(t.device == x.device, name, f"x's device {x.device}", t.device)
-            want(t.shape == like.shape, name, f"{list(like.shape)}", list(t.shape))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    for name, t, channels in (
-        ("norm", prologue.norm, C),
-        ("residual_norm", prologue.residual_norm, C),
-        ("coef", coef, K),
-    ):
-        if t is not None:
-            want(list(t.shape) == [4, channels], name, f"[4, {channels}]", list(t.shape))
-            want(t.dtype == wide, name, f"{wide}", t.dtype)
-            want(t.device == x.device, name, f"x's device {x.device}", t.device)
-    stored = x.shape[3] * C * (2 if prologue.resample == "pool2" else 1)
-    rows = _TILE_ROWS * max(stored * stride[0], (g.shape[3] + S * dilation[1]) * max(K, C))
-    want(rows < 2**31, "x", f"{_TILE_ROWS} rows of x and of y below 2**31 elements", rows)
-    want(K * CG * R * S < 2**31, "weight_shape", "below 2**31 elements", list(weight_shape))
+    K = weight_shape[0]
+    check_like(x, [N, K, *size], g=g, y=y)
+    check_tables(x, K, coef=coef)

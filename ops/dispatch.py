@@ -134,3 +134,18 @@ def _slower_on(card: str) -> frozenset[tuple[str, ...]]:
 @functools.cache
 def _card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tf32_allowed() -> bool:
+    """Return whether float32 products may round their factors to TF32: where torch says so twice.
+
+    `torch.backends.cudnn.allow_tf32`, on by default, speaks for convolutions and
+    `torch.set_float32_matmul_precision` for products; TF32 must never come by default.
+    """
+    # These two follow both settings, which can't be read once somebody sets the precision of
+    # convolutions alone.
+    return (
+        torch.backends.cudnn.conv.fp32_precision == "tf32"
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        and torch.version.hip is None  # Triton multiplies float32 on AMD in IEEE arithmetic only
+    )

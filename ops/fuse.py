@@ -69,13 +69,23 @@ def resampled(z: torch.Tensor, resample: Resample) -> torch.Tensor:
     return z
 
 
+def resampled_size(H: int, W: int, resample: Resample) -> tuple[int, int]:
+    """Return the size of an image of H x W, pooled or enlarged."""
+    return {"none": (H, W), "pool2": (H // 2, W // 2), "up2": (2 * H, 2 * W)}[resample]
+
+
 def prologue_reference(p: Prologue) -> torch.Tensor:
     """Return z in at least float32, not yet rounded."""
     return resampled(activated(preactivation(p), p.act, p.slope), p.resample)
 
 
-def prologue_backward_reference(p: Prologue, dz: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of the preactivation from that of z, both in at least float32."""
+def prologue_backward_reference(
+    p: Prologue, dz: torch.Tensor, add: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the gradient of the preactivation from that of z, in at least float32.
+
+    `add` is another gradient, of act's result before it is resampled.
+    """
     # Operators of autograd's own, not autograd: inside a custom op nothing is recorded.
     pre, aten = preactivation(p), torch.ops.aten
     dz = dz.to(pre.dtype)
@@ -87,6 +97,8 @@ def prologue_backward_reference(p: Prologue, dz: torch.Tensor) -> torch.Tensor:
         )
     elif p.resample == "up2":
         dz = aten.upsample_bilinear2d_backward(dz, dz.shape[2:], pre.shape, False, 2.0, 2.0)
+    if add is not None:
+        dz = dz + add.to(dz.dtype)
     if p.act == "relu":
         return aten.threshold_backward(dz, pre, 0)
     if p.act == "leaky_relu":
