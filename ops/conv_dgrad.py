@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .fuse import Prologue, gradient_reference, prologue_backward_reference, resampled_size
+from .fuse import (
+    Prologue,
+    gradient_reference,
+    gradient_sums_reference,
+    prologue_backward_reference,
+    resampled_size,
+)
 from .geometry import (
     Geometry,
     check_geometry,
@@ -112,20 +118,6 @@ def conv2d_dgrad_reference(
         if not sums:
             return result, result.new_empty(0, dtype=wide)
         return result, gradient_sums_reference(p, result)
-
-
-def gradient_sums_reference(p: Prologue, g: torch.Tensor) -> torch.Tensor:
-    """Return the sums [3, C] of g, of g (x - mean), of g (residual - its mean), in wide."""
-    wide = torch.promote_types(g.dtype, torch.float32)
-    g = g.to(wide)
-    rows = [g.sum((0, 2, 3))]
-    for image, norm in (p.x, p.norm), (p.residual, p.residual_norm):
-        if image is None:
-            rows.append(torch.zeros_like(rows[0]))
-            continue
-        centred = image.to(wide) if norm is None else image.to(wide) - norm[0, :, None, None]
-        rows.append((g * centred).sum((0, 2, 3)))
-    return torch.stack(rows)
 
 
 @conv2d_dgrad.register_fake

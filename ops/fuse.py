@@ -106,6 +106,20 @@ def prologue_backward_reference(
     return aten.silu_backward(dz, pre) if p.act == "silu" else dz
 
 
+def gradient_sums_reference(p: Prologue, g: torch.Tensor) -> torch.Tensor:
+    """Return the sums [3, C] of g, of g (x - mean), of g (residual - its mean), in wide."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    g = g.to(wide)
+    rows = [g.sum((0, 2, 3))]
+    for image, norm in (p.x, p.norm), (p.residual, p.residual_norm):
+        if image is None:
+            rows.append(torch.zeros_like(rows[0]))
+            continue
+        centred = image.to(wide) if norm is None else image.to(wide) - norm[0, :, None, None]
+        rows.append((g * centred).sum((0, 2, 3)))
+    return torch.stack(rows)
+
+
 def gradient_reference(
     g: torch.Tensor, y: torch.Tensor | None, coef: torch.Tensor | None
 ) -> torch.Tensor:
