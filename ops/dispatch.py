@@ -1,13 +1,20 @@
 """Which implementation a convolution takes on a GPU: the one place that decides.
 
-Ours, unless a table says that cuDNN was measured faster at that shape on that card. A table is CSV,
-a line a shape, written by the kernel benchmark and made to be read:
+Ours, unless a table says that something else was measured faster at that shape on that card. A
+table is CSV, a line a shape and pass, made to be read:
 
-    pass,dtype,channels,outputs,kernel,stride,dilation,groups,triton_ms,cudnn_ms
+    pass,dtype,channels,outputs,kernel,stride,dilation,groups,triton_ms,otherwise_ms
     forward,bfloat16,128,128,3x3,1x1,1x1,1,0.412,0.371
+    backward,bfloat16,16,16,3x3,1x1,1x1,1,2.21,3.05
 
-Tables of cards that we have measured lie in ops/tables/, named after the card. FULLRES_DISPATCH
-overrides them: "triton" or "cudnn" for every call, or the path of another table. `prefer` does so
+triton_ms is our own kernel's time. otherwise_ms is that of what takes its place: for forward, dgrad
+and wgrad cuDNN with our passes of ops/pointwise.py around it, the same results; for backward, where
+our kernel makes both gradients in one pass, dgrad and wgrad one after the other, each as its own
+line decides.
+
+`fullres bench kernels` writes the table of the card that it runs on, named by `table_name`, beside
+its other results. Copied into ops/tables/ it is the card's own from then on. FULLRES_DISPATCH
+overrides that: "triton" or "cudnn" for every call, or the path of another table. `prefer` does so
 for a stretch of code. The decision depends on nothing else, so a run repeats itself.
 """
 
@@ -24,20 +31,21 @@ from typing import Literal
 
 import torch
 
-Implementation = Literal["triton", "cudnn"]
+Implementation = Literal["triton", "cudnn", "two_pass"]
 VARIABLE = "FULLRES_DISPATCH"
 TABLES = Path(__file__).parent / "tables"
 
-_IMPLEMENTATIONS = ("triton", "cudnn")
-_TIMES = ("triton_ms", "cudnn_ms")
-_preferred: ContextVar[Implementation | None] = ContextVar("preferred", default=None)
+_CHOICES = ("triton", "cudnn")  # of the environment and of code
+_PAIRS = ("kernel", "stride", "dilation")
+_TIMES = ("triton_ms", "otherwise_ms")
+_preferred: ContextVar[str | None] = ContextVar("preferred", default=None)
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a table tells convolutions apart by; sizes of images are not among it."""
 
-    pass_: Literal["forward", "dgrad", "wgrad"]
+    pass_: Literal["forward", "dgrad", "wgrad", "backward"]
     dtype: torch.dtype
     channels: int
     outputs: int
@@ -45,6 +53,11 @@ class Shape:
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    def __post_init__(self):
+        """Take any sequence for a pair: operators are handed lists."""
+        for name in _PAIRS:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def words(self) -> tuple[str, ...]:
         """Return the fields as a table holds them."""
@@ -60,27 +73,27 @@ _COLUMNS = (*(field.name.removesuffix("_") for field in fields(Shape)), *_TIMES)
 def implementation(shape: Shape, device: torch.device) -> Implementation:
     """Return what a convolution of this shape runs on this device.
 
+    "triton" is our kernel of that pass. Otherwise "cudnn" or, of the pass "backward", "two_pass".
+
     Raises:
         ValueError: FULLRES_DISPATCH is neither an implementation nor a readable table.
     """
-    if (preferred := _preferred.get()) is not None:
-        return preferred
-    setting = os.environ.get(VARIABLE, "")
-    if setting in _IMPLEMENTATIONS:
-        return setting
-    slower = _slower(Path(setting)) if setting else _slower_on(_card(device))
-    return "cudnn" if shape.words() in slower else "triton"
+    choice = _preferred.get() or os.environ.get(VARIABLE, "")
+    if choice not in _CHOICES:
+        slower = _slower(Path(choice)) if choice else _slower_on(_card(device))
+        choice = "cudnn" if shape in slower else "triton"
+    return "two_pass" if choice == "cudnn" and shape.pass_ == "backward" else choice
 
 
 @contextmanager
-def prefer(choice: Implementation) -> Iterator[None]:
+def prefer(choice: Literal["triton", "cudnn"]) -> Iterator[None]:
     """Run every convolution inside, of this thread or task, by this implementation.
 
     Raises:
         ValueError: for another name.
     """
-    if choice not in _IMPLEMENTATIONS:
-        raise ValueError(f"choice: want one of {', '.join(_IMPLEMENTATIONS)}, got {choice!r}")
+    if choice not in _CHOICES:
+        raise ValueError(f"choice: want one of {', '.join(_CHOICES)}, got {choice!r}")
     token = _preferred.set(choice)
     try:
         yield
@@ -89,13 +102,32 @@ def prefer(choice: Implementation) -> Iterator[None]:
 
 
 def write_table(path: Path, times: Iterable[tuple[Shape, float, float]]) -> None:
-    """Write a table of (shape, milliseconds of ours, milliseconds of cuDNN)."""
+    """Write a table of (shape, milliseconds of ours, milliseconds of what takes its place)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(_COLUMNS)
-        for shape, triton_ms, cudnn_ms in times:
-            rows.writerow([*shape.words(), f"{triton_ms:.4g}", f"{cudnn_ms:.4g}"])
+        for shape, triton_ms, otherwise_ms in times:
+            rows.writerow([*shape.words(), f"{triton_ms:.4g}", f"{otherwise_ms:.4g}"])
+
+
+def read_table(path: Path) -> dict[Shape, tuple[float, float]]:
+    """Return a table's times by shape, as `write_table` was given them, to four digits.
+
+    Raises:
+        ValueError: there is no such file, or it is no table.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = csv.DictReader(file)
+            if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
+                raise ValueError(f"no column {', '.join(missing)}")
+            return {_shape(row): tuple(float(row[name]) for name in _TIMES) for row in rows}
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        wanted = ",".join(_COLUMNS)
+        raise ValueError(
+            f"want a table with the columns {wanted}; got {path} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def table_name(card: str) -> str:
@@ -103,30 +135,24 @@ def table_name(card: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".csv"
 
 
+def _shape(row: dict[str, str]) -> Shape:
+    pairs = {name: tuple(map(int, row[name].split("x"))) for name in _PAIRS}
+    numbers = {name: int(row[name]) for name in ("channels", "outputs", "groups")}
+    return Shape(row["pass"], getattr(torch, row["dtype"]), **numbers, **pairs)
+
+
 @functools.cache
-def _slower(path: Path) -> frozenset[tuple[str, ...]]:
+def _slower(path: Path) -> frozenset[Shape]:
     """Return the shapes at which a table says that ours is slower."""
     try:
-        with open(path, newline="") as file:
-            rows = csv.DictReader(file)
-            if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
-                raise ValueError(f"no column {', '.join(missing)}")
-            rows = list(rows)
-        names = _COLUMNS[: -len(_TIMES)]
-        return frozenset(
-            tuple(row[name] for name in names)
-            for row in rows
-            if float(row["triton_ms"]) > float(row["cudnn_ms"])
-        )
-    except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{VARIABLE}: want triton, cudnn or a table with the columns {','.join(_COLUMNS)}; "
-            f"got {path} ({type(error).__name__}: {error})"
-        ) from error
+        times = read_table(path)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: want {', '.join(_CHOICES)} or a table; {error}") from error
+    return frozenset(shape for shape, (ours, otherwise) in times.items() if ours > otherwise)
 
 
 @functools.cache
-def _slower_on(card: str) -> frozenset[tuple[str, ...]]:
+def _slower_on(card: str) -> frozenset[Shape]:
     path = TABLES / table_name(card)
     return _slower(path) if path.exists() else frozenset()
 
