@@ -135,6 +135,40 @@ def load_z(
 
 
 @triton.jit
+def load_da(
+    dz_ptr,  # [N, 2H, 2W, C]
+    n, h, w, c, mask,  # image, rows and columns of what was enlarged, channels
+    H, W, C: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient, in float32, of what "up2" made a z of whose gradient is dz.
+
+    Transposed, a row i of the stencil meets rows 2i - 1 to 2i + 2 of z by 1/4, 3/4, 3/4 and 1/4;
+    beyond the border the border's own row counts again, as it did forward.
+    """
+    top = (n * H + h) * (4 * W)  # pixels before row 2h
+    above = top - tl.where(h > 0, 2 * W, 0)
+    under = top + 2 * W
+    below = under + tl.where(h < H - 1, 2 * W, 0)
+    outer = _load_columns(dz_ptr, above, w, c, mask, W, C)
+    outer += _load_columns(dz_ptr, below, w, c, mask, W, C)
+    inner = _load_columns(dz_ptr, top, w, c, mask, W, C)
+    inner += _load_columns(dz_ptr, under, w, c, mask, W, C)
+    return 0.25 * outer + 0.75 * inner
+
+
+@triton.jit
+def _load_columns(dz_ptr, row, w, c, mask, W, C: tl.constexpr):
+    """Return a row of z's gradient, taken back along columns."""
+    left = tl.maximum(2 * w - 1, 0)
+    right = tl.minimum(2 * w + 2, 2 * W - 1)
+    outer = tl.load(dz_ptr + (row + left) * C + c, mask=mask, other=0.0).to(tl.float32)
+    outer += tl.load(dz_ptr + (row + right) * C + c, mask=mask, other=0.0).to(tl.float32)
+    inner = tl.load(dz_ptr + (row + 2 * w) * C + c, mask=mask, other=0.0).to(tl.float32)
+    inner += tl.load(dz_ptr + (row + 2 * w + 1) * C + c, mask=mask, other=0.0).to(tl.float32)
+    return 0.25 * outer + 0.75 * inner
+
+
+@triton.jit
 def load_dy(g_ptr, y_ptr, offs, mask, mean, a, b, d, COEF: tl.constexpr):
     """Return dy = a*g + b*(y - mean) + d at offs in g's type, or g; 0 off the mask."""
     dy = tl.load(g_ptr + offs, mask=mask, other=0.0)

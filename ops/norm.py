@@ -10,6 +10,8 @@ All are float32, or float64 for float64 images on the CPU.
 
 import torch
 
+from .geometry import want
+
 
 def merge_moments(parts: torch.Tensor) -> torch.Tensor:
     """Return the moments [3, C] (count, mean, M2) of what parts [T, 3, C] are moments of.
@@ -233,49 +235,44 @@ def _merge(kernel, parts: torch.Tensor, columns: int) -> torch.Tensor:
     return parts[0].clone() if parts is given else parts[0]
 
 
-def _want(holds: bool, argument: str, wanted: str, given: object) -> None:
-    if not holds:
-        raise ValueError(f"{argument}: want {wanted}, got {given}")
-
-
 def _check_parts(parts: torch.Tensor, rows: int | None = None) -> None:
     shape = f"[T, {rows or 'R'}, C]"
-    _want(parts.dim() == 3 and rows in (None, parts.shape[1]), "parts", shape, list(parts.shape))
-    _want(parts.dtype in (torch.float32, torch.float64), "parts", "float32 or 64", parts.dtype)
-    _want(len(parts) <= 65_535 * 64, "parts", "at most 4,194,240 rows", len(parts))
+    want(parts.dim() == 3 and rows in (None, parts.shape[1]), "parts", shape, list(parts.shape))
+    want(parts.dtype in (torch.float32, torch.float64), "parts", "float32 or 64", parts.dtype)
+    want(len(parts) <= 65_535 * 64, "parts", "at most 4,194,240 rows", len(parts))
 
 
 def _check_batch_norm(moments, weight, bias, running_mean, running_var, batches) -> None:
-    _want(moments.dim() == 2 and len(moments) == 3, "moments", "[3, C]", list(moments.shape))
+    want(moments.dim() == 2 and len(moments) == 3, "moments", "[3, C]", list(moments.shape))
     wide = moments.dtype in (torch.float32, torch.float64)
-    _want(wide, "moments", "float32 or float64", moments.dtype)
+    want(wide, "moments", "float32 or float64", moments.dtype)
     C = moments.shape[1]
     channels = {"weight": weight, "bias": bias}
     channels |= {"running_mean": running_mean, "running_var": running_var}
     for name, t in channels.items():
         if t is not None:
-            _want(t.shape == (C,), name, f"[C] = [{C}]", list(t.shape))
-            _want(t.is_floating_point(), name, "a floating dtype", t.dtype)
-            _want(t.is_contiguous(), name, "contiguous memory", f"strides {t.stride()}")
-            _want(t.device == moments.device, name, str(moments.device), t.device)
+            want(t.shape == (C,), name, f"[C] = [{C}]", list(t.shape))
+            want(t.is_floating_point(), name, "a floating dtype", t.dtype)
+            want(t.is_contiguous(), name, "contiguous memory", f"strides {t.stride()}")
+            want(t.device == moments.device, name, str(moments.device), t.device)
     both = (running_mean is None) == (running_var is None)
-    _want(both, "running_var", "it and running_mean or neither", "one of them")
+    want(both, "running_var", "it and running_mean or neither", "one of them")
     if batches is not None:
         scalar = batches.dim() == 0 and batches.dtype == torch.int64
         given = f"{batches.dtype} {list(batches.shape)}"
-        _want(scalar, "num_batches_tracked", "an int64 scalar", given)
-        _want(batches.device == moments.device, "num_batches_tracked", str(moments.device), batches)
+        want(scalar, "num_batches_tracked", "an int64 scalar", given)
+        want(batches.device == moments.device, "num_batches_tracked", str(moments.device), batches)
 
 
 def _check_momentum(running_mean, batches, momentum) -> None:
     counted = momentum is not None or running_mean is None or batches is not None
-    _want(counted, "num_batches_tracked", "a counter, since momentum is None", None)
+    want(counted, "num_batches_tracked", "a counter, since momentum is None", None)
 
 
 def _check_backward(sums: torch.Tensor, norm: torch.Tensor, count: int) -> None:
-    _want(sums.dim() == 2 and len(sums) == 3, "sums", "[3, C]", list(sums.shape))
+    want(sums.dim() == 2 and len(sums) == 3, "sums", "[3, C]", list(sums.shape))
     C = sums.shape[1]
-    _want(norm.shape == (4, C), "norm", f"[4, C] = [4, {C}]", list(norm.shape))
-    _want(norm.dtype == sums.dtype, "norm", f"sums' dtype {sums.dtype}", norm.dtype)
-    _want(norm.device == sums.device, "norm", f"sums' device {sums.device}", norm.device)
-    _want(count > 0, "count", "at least one pixel", count)
+    want(norm.shape == (4, C), "norm", f"[4, C] = [4, {C}]", list(norm.shape))
+    want(norm.dtype == sums.dtype, "norm", f"sums' dtype {sums.dtype}", norm.dtype)
+    want(norm.device == sums.device, "norm", f"sums' device {sums.device}", norm.device)
+    want(count > 0, "count", "at least one pixel", count)

@@ -6,17 +6,19 @@ With these, a layer that runs on cuDNN stores and computes the same as one that 
 input into what the layer before is given.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from .fuse import (
     Prologue,
     gradient_reference,
+    gradient_sums_reference,
     prologue_backward_reference,
     prologue_reference,
+    resampled_size,
 )
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ACTIVATIONS = ("none", "relu", "leaky_relu", "silu")
+from .geometry import check_like, check_prologue, check_tables, dense, empty_image, want
 
 
 @torch.library.custom_op("fullres::prologue", mutates_args=(), device_types="cpu")
@@ -27,8 +29,9 @@ def prologue(
     residual_norm: torch.Tensor | None,
     act: str,
     slope: float,
+    resample: str,
 ) -> torch.Tensor:
-    """Return z = act(norm(x) + residual_norm(residual)), as a `Prologue` has it, rounded once.
+    """Return z = resample(act(norm(x) + residual_norm(residual))), a `Prologue`'s, rounded once.
 
     Args:
         x: [N, C, H, W] of any N; float32, float16 or bfloat16, on the CPU also float64.
@@ -37,16 +40,17 @@ def prologue(
         residual_norm: as norm; None without a residual.
         act: "none", "relu", "leaky_relu" with slope, or "silu".
         slope: of "leaky_relu".
+        resample: "none", "pool2" or "up2".
 
     Returns:
-        z, of x's shape and dtype, in channels_last.
+        z, of x's dtype and the resampled size, in channels_last.
 
     Raises:
         ValueError: for any other shape, dtype, device or name.
     """
-    _check(x, norm, residual, residual_norm, act)
-    p = Prologue(x, norm, residual, residual_norm, act, slope)
-    return _empty(x).copy_(prologue_reference(p))
+    p = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    z = _empty_z(p)
+    return z.copy_(prologue_reference(p)) if z.numel() else z
 
 
 @prologue.register_kernel("cuda")
@@ -57,25 +61,40 @@ def prologue_triton(
     residual_norm: torch.Tensor | None,
     act: str,
     slope: float,
+    resample: str,
 ) -> torch.Tensor:
     """Return prologue's result by the Triton kernel."""
     from ..kernels.pointwise import prologue_kernel
 
-    _check(x, norm, residual, residual_norm, act)
-    z = _empty(x)
-    if x.numel():
-        x, residual = _dense(x), _dense(residual)
+    z = _empty_z(Prologue(x, norm, residual, residual_norm, act, slope, resample))
+    if z.numel():
+        x, residual = dense(x), dense(residual)
         _launch(
-            prologue_kernel, x, (x, norm, residual, residual_norm, z),
-            ACT=act, SLOPE=slope if act == "leaky_relu" else 0.0,
+            prologue_kernel, z, (x, norm, residual, residual_norm, z), x.shape[2:],
+            ACT=act, SLOPE=slope if act == "leaky_relu" else 0.0, RESAMPLE=resample,
         )  # fmt: skip
     return z
 
 
 @prologue.register_fake
-def _(x, norm, residual, residual_norm, act, slope):
-    _check(x, norm, residual, residual_norm, act)
-    return _empty(x)
+def _(x, norm, residual, residual_norm, act, slope, resample):
+    return _empty_z(Prologue(x, norm, residual, residual_norm, act, slope, resample))
+
+
+def _empty_z(p: Prologue) -> torch.Tensor:
+    """Return z's memory; raise ValueError for a prologue that no path computes."""
+    check_prologue(p)
+    return empty_image(p.x, _resampled_shape(p))
+
+
+def _resampled_shape(p: Prologue) -> list[int]:
+    N, C, H, W = p.x.shape
+    # Both rows that a pixel of z reads lie within int32 of the first.
+    holds = p.resample == "none" or 4 * W * C < 2**31
+    want(holds, "x", "rows below 2**29 elements where they are resampled", W * C)
+    holds = p.resample != "pool2" or min(H, W) > 1
+    want(holds, "x", "at least 2 x 2 pixels to pool", f"{H} x {W}")
+    return [N, C, *resampled_size(H, W, p.resample)]
 
 
 @torch.library.custom_op("fullres::moments", mutates_args=(), device_types="cpu")
@@ -86,7 +105,7 @@ def moments(y: torch.Tensor) -> torch.Tensor:
     or float64 for float64. Summed in a fixed order: the same y gives the same bits. Without a pixel
     all are 0. Raises ValueError for any other shape or dtype.
     """
-    _check(y, None, None, None, "none")
+    check_prologue(Prologue(y), "y")
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
     count = y.numel() // y.shape[1]
     if not count:
@@ -102,17 +121,17 @@ def moments_triton(y: torch.Tensor) -> torch.Tensor:
     from ..kernels.pointwise import moments_kernel
     from .norm import merge_moments_triton
 
-    _check(y, None, None, None, "none")
+    check_prologue(Prologue(y), "y")
     if not y.numel():
         return y.new_zeros(3, y.shape[1], dtype=torch.float32)
-    y = _dense(y)
+    y = dense(y)
     parts = _parts(y)
     return merge_moments_triton(parts[: _launch(moments_kernel, y, (y, parts))])
 
 
 @moments.register_fake
 def _(y):
-    _check(y, None, None, None, "none")
+    check_prologue(Prologue(y), "y")
     return y.new_empty(3, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
 
 
@@ -126,19 +145,21 @@ def prologue_backward(
     residual_norm: torch.Tensor | None,
     act: str,
     slope: float,
+    resample: str,
     sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return g, the gradient of what act is applied to, and its sums over pixels.
 
     Args:
-        dz: the gradient of z, of x's shape and dtype.
-        add: another gradient of z to add, as dz, or None.
+        dz: the gradient of z, of x's dtype and the resampled size.
+        add: another gradient, of act's result before it is resampled: as x, or None.
         x: as for `prologue`, and so the rest.
         norm: as for `prologue`.
         residual: as for `prologue`.
         residual_norm: as for `prologue`.
         act: as for `prologue`.
         slope: as for `prologue`.
+        resample: as for `prologue`; a pooled maximum's place is found again, the first of equals.
         sums: whether the sums are asked for.
 
     Returns:
@@ -149,18 +170,11 @@ def prologue_backward(
     Raises:
         ValueError: for any other shape, dtype, device or name.
     """
-    _check(x, norm, residual, residual_norm, act, dz=dz, add=add)
-    p = Prologue(x, norm, residual, residual_norm, act, slope)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dz = dz.to(wide) if add is None else dz.to(wide) + add.to(wide)
-    g = _empty(x).copy_(prologue_backward_reference(p, dz))
-    if not sums:
-        return g, g.new_empty(0, dtype=wide)
-    rows = [g.to(wide), g.to(wide) * _centred(x, norm)]
-    rows.append(torch.zeros_like(rows[0]))
-    if residual is not None:
-        rows[2] = rows[0] * _centred(residual, residual_norm)
-    return g, torch.stack([row.sum((0, 2, 3)) for row in rows])
+    p = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    g, nothing = _empty_gradient(p, dz, add, sums)
+    if g.numel():
+        g.copy_(prologue_backward_reference(p, dz, add))
+    return g, gradient_sums_reference(p, g) if sums else nothing
 
 
 @prologue_backward.register_kernel("cuda")
@@ -173,30 +187,47 @@ def prologue_backward_triton(
     residual_norm: torch.Tensor | None,
     act: str,
     slope: float,
+    resample: str,
     sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return prologue_backward's results by the Triton kernel."""
-    from ..kernels.pointwise import prologue_backward_kernel
+    from ..kernels.pointwise import pooled_backward_kernel, prologue_backward_kernel
     from .norm import merge_sums_triton
 
-    _check(x, norm, residual, residual_norm, act, dz=dz, add=add)
-    g = _empty(x)
-    if not x.numel():
-        return g, x.new_zeros((3, x.shape[1]) if sums else (0,), dtype=torch.float32)
-    dz, add, x, residual = (_dense(t) for t in (dz, add, x, residual))
+    p = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    g, total = _empty_gradient(p, dz, add, sums)
+    if not g.numel():
+        return g, total.zero_()
+    dz, add, x, residual = (dense(t) for t in (dz, add, x, residual))
     parts = _parts(x) if sums else None
-    programs = _launch(
-        prologue_backward_kernel, x, (dz, add, x, norm, residual, residual_norm, g, parts),
-        ACT=act, SLOPE=slope if act == "leaky_relu" else 0.0,
-    )  # fmt: skip
-    return g, merge_sums_triton(parts[:programs]) if sums else g.new_empty(0, dtype=torch.float32)
+    arguments = dz, add, x, norm, residual, residual_norm, g, parts
+    constants = {"ACT": act, "SLOPE": slope if act == "leaky_relu" else 0.0}
+    if resample == "pool2":
+        N, C, H, W = x.shape
+        windows = g.new_empty(()).expand(N, C, (H + 1) // 2, (W + 1) // 2)  # its shape alone
+        programs = _launch(pooled_backward_kernel, windows, arguments, (H, W), **constants)
+    else:
+        constants["RESAMPLE"] = resample
+        programs = _launch(prologue_backward_kernel, x, arguments, x.shape[2:], **constants)
+    return g, merge_sums_triton(parts[:programs]) if sums else total
 
 
 @prologue_backward.register_fake
-def _(dz, add, x, norm, residual, residual_norm, act, slope, sums):
-    _check(x, norm, residual, residual_norm, act, dz=dz, add=add)
-    shape = (3, x.shape[1]) if sums else (0,)
-    return _empty(x), x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+def _(dz, add, x, norm, residual, residual_norm, act, slope, resample, sums):
+    p = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    return _empty_gradient(p, dz, add, sums)
+
+
+def _empty_gradient(
+    p: Prologue, dz: torch.Tensor, add: torch.Tensor | None, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for g and for its sums; raise ValueError for what no path computes."""
+    check_prologue(p)
+    check_like(p.x, _resampled_shape(p), dz=dz)
+    check_like(p.x, add=add)
+    shape = (3, p.x.shape[1]) if sums else (0,)
+    wide = torch.promote_types(p.x.dtype, torch.float32)
+    return empty_image(p.x), p.x.new_empty(shape, dtype=wide)
 
 
 @torch.library.custom_op("fullres::normalised_gradient", mutates_args=(), device_types="cpu")
@@ -206,8 +237,8 @@ def normalised_gradient(g: torch.Tensor, y: torch.Tensor, coef: torch.Tensor) ->
     g and y: [N, C, H, W]; coef: [4, C], mean, a, b and d, float32 (float64 for float64 images).
     Raises ValueError for any other shape, dtype or device.
     """
-    _check(g, coef, None, None, "none", y=y)
-    return _empty(g).copy_(gradient_reference(g, y, coef))
+    _check_gradient(g, y, coef)
+    return empty_image(g).copy_(gradient_reference(g, y, coef))
 
 
 @normalised_gradient.register_kernel("cuda")
@@ -217,29 +248,40 @@ def normalised_gradient_triton(
     """Return normalised_gradient's result by the Triton kernel."""
     from ..kernels.pointwise import gradient_kernel
 
-    _check(g, coef, None, None, "none", y=y)
-    dy = _empty(g)
+    _check_gradient(g, y, coef)
+    dy = empty_image(g)
     if g.numel():
-        g, y = _dense(g), _dense(y)
+        g, y = dense(g), dense(y)
         _launch(gradient_kernel, g, (g, y, coef, dy))
     return dy
 
 
 @normalised_gradient.register_fake
 def _(g, y, coef):
-    _check(g, coef, None, None, "none", y=y)
-    return _empty(g)
+    _check_gradient(g, y, coef)
+    return empty_image(g)
 
 
-def _launch(kernel, image: torch.Tensor, arguments: tuple, **constants: object) -> int:
-    """Launch a kernel of kernels/pointwise.py over an image; return into how many ranges."""
+def _check_gradient(g: torch.Tensor, y: torch.Tensor, coef: torch.Tensor) -> None:
+    check_prologue(Prologue(g), "g")
+    check_like(g, y=y)
+    check_tables(g, g.shape[1], coef=coef)
+
+
+def _launch(
+    kernel, image: torch.Tensor, arguments: tuple, sizes: Iterable[int] = (), **constants: object
+) -> int:
+    """Launch a kernel of kernels/pointwise.py over an image's pixels; return how many ranges.
+
+    Of the image only the shape counts. `sizes` follow the number of pixels.
+    """
     from ..kernels.pointwise import grid, ranges
 
     C = image.shape[1]
     M = image.numel() // C
     arguments = [t.contiguous() if t is not None and t.dim() == 2 else t for t in arguments]
     with torch.cuda.device_of(image):  # triton launches on the current device
-        kernel[grid(M, C)](*arguments, M, C=C, **constants)
+        kernel[grid(M, C)](*arguments, M, *sizes, C=C, **constants)
     return ranges(M, C, kernel.best_config.kwargs["ELEMENTS"])
 
 
@@ -247,49 +289,3 @@ def _parts(image: torch.Tensor) -> torch.Tensor:
     from ..kernels.pointwise import RANGES
 
     return image.new_empty(RANGES.value, 3, image.shape[1], dtype=torch.float32)
-
-
-def _centred(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if norm is None else x - norm[0, :, None, None]
-
-
-def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(x: torch.Tensor) -> torch.Tensor:
-    # Not empty_like: where C or H*W is 1 that may keep other strides.
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _check(
-    x: torch.Tensor,
-    norm: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    residual_norm: torch.Tensor | None,
-    act: str,
-    **others: torch.Tensor | None,
-) -> None:
-    """Raise ValueError, naming argument, wanted and given, for what no path computes."""
-
-    def want(holds: bool, argument: str, wanted: str, given: object) -> None:
-        if not holds:
-            raise ValueError(f"{argument}: want {wanted}, got {given}")
-
-    dtypes = (*_DTYPES, torch.float64) if x.device.type == "cpu" else _DTYPES
-    want(x.dim() == 4 and x.shape[1] > 0, "x", "[N, C, H, W], C > 0", list(x.shape))
-    want(x.dtype in dtypes, "x", f"a dtype in {dtypes} on {x.device.type}", x.dtype)
-    want(act in _ACTIVATIONS, "act", f"one of {_ACTIVATIONS}", repr(act))
-    alone = residual is None and residual_norm is not None
-    want(not alone, "residual_norm", "None without a residual", "a tensor")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    images = {"residual": (residual, x.shape, x.dtype)}
-    images |= {name: (t, x.shape, x.dtype) for name, t in others.items()}
-    norms = {"norm": norm, "residual_norm": residual_norm}
-    images |= {name: (t, (4, x.shape[1]), wide) for name, t in norms.items()}
-    for name, (t, shape, dtype) in images.items():
-        if t is not None:
-            want(t.shape == shape, name, str(list(shape)), list(t.shape))
-            want(t.dtype == dtype, name, str(dtype), t.dtype)
-            want(t.device == x.device, name, f"x's device {x.device}", t.device)
