@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
+from .cudnn import as_ours
+from .dispatch import Shape, implementation, tf32_allowed
 from .fuse import (
     Prologue,
     gradient_reference,
@@ -17,9 +20,12 @@ from .geometry import (
     check_like,
     check_prologue,
     check_tables,
+    dense,
     empty_image,
     want,
 )
+from .norm import merge_sums_triton
+from .pointwise import normalised_gradient_triton, prologue_backward_triton
 
 
 @torch.library.custom_op("fullres::conv2d_dgrad", mutates_args=(), device_types="cpu")
@@ -47,8 +53,9 @@ def conv2d_dgrad(
 
     dy = coef applied to (g, y), or g without coef, is rounded to g's dtype; dz is its convolution
     with the turned weight, summed in float32; da is dz taken back through resample, plus `add`; the
-    result is da through act, rounded once. Where x is resampled, dz may be rounded to g's dtype in
-    between. Without x there is no prologue, and the result is dz + add. There is no autograd.
+    result is da through act, rounded once. Where x is resampled, and where cuDNN takes the product,
+    dz may be rounded to g's dtype in between. Without x there is no prologue, and the result is
+    dz + add. There is no autograd.
 
     Args:
         g: [N, K, P, Q], any N, also 0; float32, float16 or bfloat16, on the CPU also float64.
@@ -118,6 +125,153 @@ def conv2d_dgrad_reference(
         if not sums:
             return result, result.new_empty(0, dtype=wide)
         return result, gradient_sums_reference(p, result)
+
+
+@conv2d_dgrad.register_kernel("cuda")
+def conv2d_dgrad_triton(
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    x: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_norm: torch.Tensor | None,
+    act: str,
+    slope: float,
+    resample: str,
+    add: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return conv2d_dgrad by Triton: on a GPU, or on the CPU while kernels are interpreted.
+
+    Where `dispatch` says so, torch's convolution takes the product, between passes of ours.
+    """
+    p = _prologue(g, input_size, x, norm, residual, residual_norm, act, slope, resample)
+    geometry = Geometry(weight.shape, stride, padding, dilation, groups)
+    _check(g, y, coef, weight, input_size, p, x is None, add, geometry, sums)
+    N, C, H, W = input_size
+    if not N:
+        return empty_image(g, input_size), g.new_zeros((3, C) if sums else 0, dtype=torch.float32)
+    shape = Shape(
+        "dgrad", g.dtype, C, weight.shape[0], tuple(weight.shape[2:]), tuple(stride),
+        tuple(dilation), groups,
+    )  # fmt: skip
+    apart = implementation(shape, g.device) == "cudnn"
+    if not apart and resample == "none":
+        return _launch(g, y, coef, weight, p, x is None, add, geometry, sums)
+
+    plain = Prologue(g.new_empty(()).expand(N, C, *resampled_size(H, W, resample)))
+    if apart:
+        dz = _by_torch(g, y, coef, weight, plain.x, geometry)
+    else:
+        dz, _ = _launch(g, y, coef, weight, plain, True, None, geometry, False)
+    if x is None:
+        return dz if add is None else dz.add_(add), g.new_empty(0, dtype=torch.float32)
+    return prologue_backward_triton(
+        dz, add, p.x, p.norm, p.residual, p.residual_norm, p.act, p.slope, p.resample, sums
+    )
+
+
+def _by_torch(
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    geometry: Geometry,
+) -> torch.Tensor:
+    """Return dz, rounded to g's dtype, by torch's convolution; only z's shape is read."""
+    dy = dense(g) if coef is None else normalised_gradient_triton(g, y, coef)
+    with torch.autocast(g.device.type, enabled=False), as_ours():
+        dz = torch.ops.aten.convolution_backward(
+            dy, z, dense(weight), None, geometry.stride, geometry.padding, geometry.dilation,
+            False, [0, 0], geometry.groups, [True, False, False],
+        )[0]  # fmt: skip
+    _, C, H, W = z.shape
+    rows = dz.stride() == (H * W * C, 1, W * C, C)  # torch may choose others where a size is 1
+    return dz if rows else empty_image(g, z.shape).copy_(dz)
+
+
+def _launch(
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    weight: torch.Tensor,
+    p: Prologue,
+    plain: bool,
+    add: torch.Tensor | None,
+    geometry: Geometry,
+    sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return conv2d_dgrad by our kernels, of an image that is not resampled."""
+    from ..kernels import dgrad as kernels  # here: importing ops must not need triton
+    from ..kernels._tune import interpreting
+
+    (N, C, H, W), (_, K, P, Q), (_, CG, R, S) = p.x.shape, g.shape, weight.shape
+    stride, padding, dilation = map(tuple, (geometry.stride, geometry.padding, geometry.dilation))
+    groups = geometry.groups
+    phases = stride[0] * stride[1]
+    rows, columns = kernels.phase_size(H, W, stride, padding)
+    strips = kernels.conv2d_dgrad_strips(N * rows * columns, phases)
+    result = empty_image(g, p.x.shape)
+    parts = None
+    if sums:
+        parts = g.new_empty((strips * phases, 3, C), dtype=torch.float32)
+    x = None if plain or not (sums or p.act != "none") else p.x
+    norm, residual, residual_norm = (
+        (None, None, None) if x is None else (p.norm, p.residual, p.residual_norm)
+    )
+    depthwise = CG == 1 and groups > 1
+    arguments = (
+        dense(g), dense(y), _table(coef),
+        _taps(weight) if depthwise else _windows(weight, stride[1], dilation[1], groups),
+        result, dense(add), dense(x), _table(norm), dense(residual), _table(residual_norm), parts,
+        N, H, W, P, Q, strips,
+    )  # fmt: skip
+    constants = {
+        "C": C, "K": K, "R": R, "S": S, "STRIDE_H": stride[0], "STRIDE_W": stride[1],
+        "PAD_H": padding[0], "PAD_W": padding[1], "DIL_H": dilation[0], "DIL_W": dilation[1],
+        "ACT": p.act, "SLOPE": p.slope if p.act == "leaky_relu" else 0.0,
+        "TILE_Q": kernels.tile_width(rows, columns),
+    }  # fmt: skip
+    grid = kernels.conv2d_dgrad_grid(C, S, stride, dilation, groups, strips)
+    with torch.cuda.device_of(g):  # triton launches on the current device
+        if depthwise:
+            kernels.conv2d_dgrad_depthwise_kernel[grid](*arguments, **constants)
+        else:
+            tf32 = g.dtype == torch.float32 and tf32_allowed()
+            kernels.conv2d_dgrad_kernel[grid](
+                *arguments, **constants, GROUPS=groups,
+                PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
+            )  # fmt: skip
+    return result, merge_sums_triton(parts) if sums else g.new_empty(0, dtype=torch.float32)
+
+
+def _windows(weight: torch.Tensor, stride: int, dilation: int, groups: int) -> torch.Tensor:
+    """Return [K, CG, R, S] as the kernel reads it: [R, STEP, groups, CG, taps of a phase * KG]."""
+    from ..kernels.dgrad import step_of
+
+    K, CG, R, S = weight.shape
+    step = step_of(stride, dilation)
+    taps = -(-S // step)
+    weight = F.pad(weight, (0, taps * step - S))
+    weight = weight.reshape(groups, K // groups, CG, R, taps, step)
+    return weight.permute(3, 5, 0, 2, 4, 1).contiguous()
+
+
+def _taps(weight: torch.Tensor) -> torch.Tensor:
+    """Return a depthwise weight [K, 1, R, S] as its kernel reads it: [R, S, K]."""
+    return weight[:, 0].permute(1, 2, 0).contiguous()
+
+
+def _table(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 @conv2d_dgrad.register_fake
