@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fullres.ops import focal_loss
+from fullres.ops import focal_blocks
 from fullres.ops.batch_norm import SyncBatchNorm
 from fullres.training.loss import SCHEMES, SegmentationLoss
 from fullres.training.metrics import SegmentationMetrics
@@ -69,7 +69,7 @@ def test_value_and_gradient_are_those_of_the_definition(
     rng = torch.Generator().manual_seed(seed)
     logits, labels = batch(rng, n, (height, width), scale=scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(focal_loss, "BLOCK_ELEMENTS", block)
+        patch.setattr(focal_blocks, "BLOCK_ELEMENTS", block)
         loss = SegmentationLoss(scheme)(logits, labels)
         gradients = torch.autograd.grad(loss, logits)
     expected = reference(logits, labels, scheme)
@@ -210,6 +210,17 @@ def test_global_value_is_the_loss_without_a_graph(rng):
     assert criterion.global_value is None
     loss = criterion(logits, labels)
     assert torch.equal(criterion.global_value, loss) and not criterion.global_value.requires_grad
+
+
+def test_predictions_are_counted_in_the_same_pass(rng):
+    logits, labels = batch(rng)
+    metrics = SegmentationMetrics()
+    metrics.update(logits, labels)
+    criterion = SegmentationLoss(count=True)
+    loss = criterion(logits, labels)
+    assert torch.equal(criterion.confusion, metrics.confusion)
+    plain = SegmentationLoss()
+    assert torch.equal(plain(logits, labels), loss) and plain.confusion is None
 
 
 def test_under_autocast_the_loss_is_float32(rng):

@@ -20,17 +20,12 @@ import torch
 import torch.distributed as dist
 
 from ..ops.autograd import first_order
-from ..ops.focal_loss import (
-    accumulator_dtype,
-    focal_slope,
-    label_probabilities,
-    logits_gradient,
-    logits_index,
-    pixel_blocks,
-)
+from ..ops.focal_blocks import accumulator_dtype
+from ..ops.focal_loss import focal_loss_backward, focal_loss_forward
 
 SCHEMES = ("focal", "light", "even", "none", "lin")
 CLASSES = 3  # background, cosmic, neutrino
+NOTHING_IGNORED = -(2**63)  # the one integer that stands for no label: all others are looked at
 LIGHT_WEIGHTS = (1.0, 1.5, 10.0)
 
 
@@ -54,10 +49,13 @@ class SegmentationLoss(torch.nn.Module):
     elsewhere a micro-batch with few hard or rare pixels weighs each of them more.
 
     Saves for backward: logits and labels as given, which the caller holds anyway, and a few
-    scalars. Temporaries are some blocks of `fullres.ops.focal_loss.BLOCK_ELEMENTS`, at any size.
+    scalars. No pass makes anything of their size but the gradient: `fullres.ops.focal_loss`.
     Backward with create_graph=True raises RuntimeError: there are no second derivatives.
 
     Attributes:
+        confusion: the last forward's counts, int64 [planes, 3, 3], label by row, prediction by
+            column, of this rank's batch, taken while the logits are read anyway; None unless
+            count=True. The prediction is the first of the largest logits, NaN being below all.
         global_value: the last forward's loss of the global batch, a detached scalar that is equal
             on all ranks; None before the first forward. Reading it needs no communication. With
             synchronize=False each rank has that of its own batch.
@@ -70,6 +68,7 @@ class SegmentationLoss(torch.nn.Module):
         gamma: float = 2.0,
         process_group: dist.ProcessGroup | None = None,
         synchronize: bool = True,
+        count: bool = False,
     ):
         """Make the loss of one scheme.
 
@@ -80,6 +79,7 @@ class SegmentationLoss(torch.nn.Module):
                 averaged. None is all ranks.
             synchronize: False for the loss of this rank's batch alone, without communication, as
                 for validation with unequal numbers of batches.
+            count: whether each forward counts predictions into `confusion`.
 
         Raises:
             ValueError: unknown scheme, or gamma negative, not finite, or set for another scheme.
@@ -96,7 +96,9 @@ class SegmentationLoss(torch.nn.Module):
         self.gamma = float(gamma)
         self.process_group = process_group
         self.synchronize = synchronize
+        self.count = count
         self.global_value: torch.Tensor | None = None
+        self.confusion: torch.Tensor | None = None
 
     def forward(self, logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Return this rank's loss, a scalar, float32 or for float64 logits float64.
@@ -111,14 +113,14 @@ class SegmentationLoss(torch.nn.Module):
 
         Raises:
             ValueError: a shape, dtype or device is not the above.
-            IndexError: a label on the CPU is not 0, 1 or 2 (on an accelerator: a device-side
-                assertion).
+            IndexError: a label on the CPU is not 0, 1 or 2. On an accelerator the loss is NaN.
         """
         _check(logits, labels)
         world = _world_size(self.process_group) if self.synchronize else 1
-        value, self.global_value = _PlanesLoss.apply(
-            self.scheme, self.gamma, self.process_group, world, labels, *logits
+        value, self.global_value, confusion = _PlanesLoss.apply(
+            self.scheme, self.gamma, self.process_group, world, self.count, labels, *logits
         )
+        self.confusion = confusion if self.count else None
         return value
 
     def extra_repr(self) -> str:
@@ -128,76 +130,55 @@ class SegmentationLoss(torch.nn.Module):
 
 
 class _PlanesLoss(torch.autograd.Function):
-    """The planes' losses added up, as (world_size * this rank's share, global loss)."""
+    """The planes' losses, as (world_size * this rank's share, global loss, counts)."""
 
     @staticmethod
-    def forward(ctx, scheme, gamma, process_group, world, labels, *logits):
-        sums = torch.stack(
-            [_class_sums(x, labels[:, i], scheme, gamma) for i, x in enumerate(logits)]
-        )
+    def forward(ctx, scheme, gamma, process_group, world, count, labels, *logits):
+        # focal's third cancels out of its quotient.
+        power = {"focal": 2.0, "lin": gamma}.get(scheme, 0.0)
+        ctx.options = power, 0.0, NOTHING_IGNORED, scheme == "focal"
+        found = [
+            focal_loss_forward(x, labels[:, i], None, None, *ctx.options[:3], True, False, count)
+            for i, x in enumerate(logits)
+        ]
+        sums = torch.stack([s for s, _, _ in found])
+        counts = torch.stack([c for _, _, c in found])
         local = sums.select(-1, 0)
         if world > 1:
             local = local.clone()
             dist.all_reduce(sums, group=process_group)
-        numerator, weight, count = sums.unbind(-1)  # each [planes, classes]
-        class_weight = _class_weight(scheme, count)
+        numerator, weight, pixels = sums.unbind(-1)  # each [planes, classes]
+        class_weight = _class_weight(scheme, pixels)
         # With pixel weights the class sums hold them already.
-        weight = (weight if scheme == "focal" else class_weight * count).sum(1)
+        weight = (weight if scheme == "focal" else class_weight * pixels).sum(1)
         weight = weight.masked_fill(weight == 0, 1.0)
         # Softmax is taken again in backward, so the caller's own tensors are all it needs.
         ctx.save_for_backward(labels, weight, class_weight, *logits)
-        ctx.scheme, ctx.gamma, ctx.world = scheme, gamma, world
+        ctx.world = world
         dtype = accumulator_dtype(logits[0])
         value = world * ((class_weight * local).sum(1) / weight).sum()
         global_value = ((class_weight * numerator).sum(1) / weight).sum()
         value, global_value = value.to(dtype), global_value.to(dtype)
-        ctx.mark_non_differentiable(global_value)
-        return value, global_value
+        ctx.mark_non_differentiable(global_value, counts)
+        return value, global_value, counts
 
     @staticmethod
     @first_order
-    def backward(ctx, dvalue, _):
+    def backward(ctx, dvalue, *_):
         labels, weight, class_weight, *logits = ctx.saved_tensors
         dlogits = []
         for i, x in enumerate(logits):
-            if not ctx.needs_input_grad[5 + i]:
+            if not ctx.needs_input_grad[6 + i]:
                 dlogits.append(None)
                 continue
-            dtype = accumulator_dtype(x)
-            scale = (dvalue * ctx.world * class_weight[i]).to(dtype)
+            # Apart, for w / sum(w) <= 1, where dvalue / sum(w) may overflow for tiny sums.
+            a = dvalue * ctx.world * class_weight[i]
+            scale = torch.stack([a, torch.zeros_like(a), weight[i].expand_as(a)])
+            scale = scale.to(accumulator_dtype(x))
             dlogits.append(
-                _plane_gradient(x, labels[:, i], ctx.scheme, ctx.gamma, scale, weight[i].to(dtype))
+                focal_loss_backward(x, labels[:, i], None, None, *ctx.options, scale, None)
             )
-        return None, None, None, None, None, *dlogits
-
-
-def _class_sums(
-    logits: torch.Tensor, labels: torch.Tensor, scheme: str, gamma: float
-) -> torch.Tensor:
-    """Return sums over the pixels of each label, float64 [classes, 3]: w * ce, w, 1.
-
-    w is the pixel's part of the weight, what depends on p_y; that of the class comes later, when
-    the frequencies of all ranks are known. float64 counts pixels exactly up to 2^53.
-    """
-    sums = torch.zeros(CLASSES, 3, dtype=torch.float64, device=logits.device)
-    for block in pixel_blocks(logits):
-        y = labels[block].long()
-        ce, q, _ = label_probabilities(logits[logits_index(block)], y)
-        w = _pixel_weight(scheme, q)
-        loss = ce if w is None else w * ce
-        if scheme == "lin" and gamma:
-            loss = q**gamma * ce
-        for c in range(CLASSES):
-            chosen = y == c
-            sums[c, 0] += torch.where(chosen, loss, 0).sum()
-            if w is not None:
-                sums[c, 1] += torch.where(chosen, w, 0).sum()
-            sums[c, 2] += chosen.sum()
-    return sums
-
-
-def _pixel_weight(scheme: str, q: torch.Tensor) -> torch.Tensor | None:
-    return q.square() / 3 if scheme == "focal" else None
+        return None, None, None, None, None, None, *dlogits
 
 
 def _class_weight(scheme: str, count: torch.Tensor) -> torch.Tensor:
@@ -207,23 +188,6 @@ def _class_weight(scheme: str, count: torch.Tensor) -> torch.Tensor:
     if scheme == "even":  # an absent class has no pixel to weigh: 0, where 1 / 0 would be inf
         return torch.where(count > 0, 1 / count.clamp(min=1), 0)
     return torch.ones_like(count)
-
-
-def _plane_gradient(logits, labels, scheme, gamma, scale, weight):
-    dlogits = torch.empty_like(logits)
-    for block in pixel_blocks(logits):
-        y = labels[block].long()
-        ce, q, others = label_probabilities(logits[logits_index(block)], y)
-        if scheme == "lin":
-            k = focal_slope(ce, q, gamma)
-        elif scheme == "focal":
-            k = _pixel_weight(scheme, q)
-        else:
-            k = torch.ones_like(q)
-        # Divided first: w / sum(w) <= 1, where scale / sum(w) may overflow for tiny sums.
-        k = k / weight * scale[y]
-        dlogits[logits_index(block)] = logits_gradient(k, q, others, y)
-    return dlogits
 
 
 def _world_size(process_group: dist.ProcessGroup | None) -> int:
