@@ -73,7 +73,7 @@ def pixel_blocks(logits: torch.Tensor, channels: int | None = None) -> Iterator[
     unless given), or one pixel; `logits_index` turns its index into that of the logits.
     """
     limit = max(1, BLOCK_ELEMENTS // max(1, channels or logits.shape[1]))
-    return _slices((logits.shape[0], *logits.shape[2:]), limit)
+    return slices((logits.shape[0], *logits.shape[2:]), limit)
 
 
 def logits_index(block: tuple[slice, ...]) -> tuple[slice, ...]:
@@ -194,11 +194,12 @@ def _per_class(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return weight.view(1, -1, *(1 for _ in like.shape[2:]))
 
 
-def _slices(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+def slices(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Yield index tuples that cover these sizes once, in order, each with at most limit values."""
     inner = math.prod(sizes[1:])
     if inner > limit:
         for i in range(sizes[0]):
-            for rest in _slices(sizes[1:], limit):
+            for rest in slices(sizes[1:], limit):
                 yield slice(i, i + 1), *rest
         return
     step = limit // max(1, inner)

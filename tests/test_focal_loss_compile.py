@@ -8,6 +8,7 @@ import triton
 
 from fullres.kernels import aot
 from fullres.kernels.focal_loss import CONFIGS, softmax_focal_loss_variant
+from fullres.kernels.sigmoid_focal_loss import sigmoid_focal_loss_variant
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile"
@@ -73,3 +74,15 @@ def test_it_compiles_for_images_beyond_int32():
         aot.compile_variant(
             aot.Variant(variant.kernel, wide, variant.constexprs, variant.config), "sm_90"
         )
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_sigmoid_focal_loss_fits_and_reads_in_vectors(dtype, backward, target):
+    options = {"backward": backward, "pixels": dtype == "fp32"}
+    report = aot.report(sigmoid_focal_loss_variant(dtype, **options), target)
+    assert_fits(report)
+    assert report.loads - report.loads_16 <= 1  # the scalar above
+    if backward:
+        assert report.stores_16 > 0
