@@ -20,6 +20,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..ops import program
+from .convert import fused_away
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -190,8 +193,12 @@ def meter(
         steps = optimizer(parameters) if optimizer else None
         state = _make_state(steps, parameters) if steps else []
         x = torch.empty(tuple(input_shape), dtype=dtype or first.dtype, device=device)
+        unseen = fused_away(model)
         for name, module in model.named_modules():
-            hooks.enter_context(_named(module, name, live.modules))
+            if module not in unseen:
+                hooks.enter_context(_named(module, name, live.modules))
+        program.watchers.append(live.modules)
+        hooks.callback(program.watchers.remove, live.modules)
         prepared, before = len(live.timeline), live.now
 
         live.phase = "forward"

@@ -12,6 +12,7 @@ once, outside it. Under torch.compile a program's two passes are one operator ea
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 
@@ -102,13 +103,17 @@ class Norm:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in the order in which they run; the first slots are the inputs."""
+    """Steps in the order in which they run; the first slots are the inputs.
+
+    Slots in `dropped` are made again for backward.
+    """
 
     inputs: int
     parameters: int
     steps: tuple[Conv | Write, ...]
     norms: tuple[Norm, ...]
     outputs: tuple[int, ...]
+    names: tuple[str, ...] = ()  # of the steps: the modules that they were
     dropped: tuple[int, ...] = ()
 
     @cached_property
@@ -163,7 +168,7 @@ def parsed(text: str) -> Program:
     kinds = raw.pop("kinds")
     raw["steps"] = tuple(step(s, kind) for s, kind in zip(raw["steps"], kinds, strict=True))
     raw["norms"] = tuple(Norm(**n) for n in raw["norms"])
-    return Program(**{**raw, "outputs": tuple(raw["outputs"]), "dropped": tuple(raw["dropped"])})
+    return Program(**raw | {name: tuple(raw[name]) for name in ("outputs", "names", "dropped")})
 
 
 def _sources(step: Conv | Write) -> tuple[Source, ...]:
@@ -174,6 +179,21 @@ def _made(step: Conv | Write) -> Iterator[int]:
     yield step.out
     if isinstance(step, Conv) and step.keep is not None:
         yield step.keep
+
+
+# Whoever meters a program adds a list here; its last item names the module that runs.
+watchers: list[list[str]] = []
+
+
+@contextmanager
+def _running(program: Program, number: int) -> Iterator[None]:
+    for names in watchers:
+        names.append(program.names[number] if program.names else "")
+    try:
+        yield
+    finally:
+        for names in watchers:
+            names.pop()
 
 
 # Running it as a layer
@@ -358,19 +378,11 @@ def _forward_direct(
     for slot in range(program.inputs):
         normalise(slot, None)
     for number, step in enumerate(program.steps):
-        found = None
-        if isinstance(step, Conv):
+        with _running(program, number):
             wanted = any(batch[n] for n in program.norms_of.get(step.out, ()))
-            values[step.out], found, z = _convolve(step, values, norms, parameters, wanted, True)
-            if not wanted:
-                found = None
-            if step.keep is not None:
-                values[step.keep] = z
-                normalise(step.keep, None)
-            del z
-        else:
-            values[step.out] = prologue(*_read(step.source, values, norms))
-        normalise(step.out, found)
+            found = _execute(step, values, norms, parameters, wanted)
+            for slot in _made(step):
+                normalise(slot, found if slot == step.out else None)
         for source in _sources(step):
             for term in source.terms:
                 if program.last_reader[term.slot] == number and term.slot not in held:
@@ -399,15 +411,17 @@ def _read(
     return x, tables[0], residual, tables[1], source.act, source.slope, source.resample
 
 
-def _convolve(
-    step: Conv,
+def _execute(
+    step: Conv | Write,
     values: dict[int, Tensor],
     norms: dict[int, Tensor],
     parameters: Sequence[Tensor | None],
     moments: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a step's output, the moments of it, and the image it keeps; the last two if asked."""
+) -> Tensor | None:
+    """Put what a step makes into `values`; return the moments of a convolution, if asked."""
+    if isinstance(step, Write):
+        values[step.out] = prologue(*_read(step.source, values, norms))
+        return None
     first = _read(step.sources[0], values, norms)
     second = (None, None, "none", 0.0, "none")
     if len(step.sources) == 2:
@@ -418,10 +432,13 @@ def _convolve(
     dtype = first[0].dtype
     weight = _weight(parameters[step.weight], dtype)
     bias = None if step.bias is None else parameters[step.bias].to(dtype)
-    return conv2d_fwd(
+    values[step.out], found, z = conv2d_fwd(
         *first, *second, weight, bias, step.stride, step.padding, step.dilation, step.groups,
-        moments, keep and step.keep is not None,
+        moments, step.keep is not None,
     )  # fmt: skip
+    if step.keep is not None:
+        values[step.keep] = z
+    return found if moments else None
 
 
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -588,24 +605,19 @@ class _Backward:
             for source in _sources(step):
                 for term in source.terms:
                     self.value(term.slot)
-            if isinstance(step, Conv):
-                y, _, z = _convolve(step, self.values, self.norms, self.parameters, False, True)
-                self.values[step.out] = y
-                if step.keep is not None:
-                    self.values[step.keep] = z
-            else:
-                self.values[slot] = prologue(*_read(step.source, self.values, self.norms))
+            _execute(step, self.values, self.norms, self.parameters, False)
         return self.values[slot]
 
     def all_steps(self) -> None:
         """Take the gradients of the outputs to those of inputs and parameters."""
-        for step in reversed(self.program.steps):
-            if isinstance(step, Conv):
-                self.convolution(step)
-            else:
-                dz = self.image_gradient(step.out)
-                if dz is not None:
-                    self.through(step.source, dz)
+        for number, step in reversed(tuple(enumerate(self.program.steps))):
+            with _running(self.program, number):
+                if isinstance(step, Conv):
+                    self.convolution(step)
+                else:
+                    dz = self.image_gradient(step.out)
+                    if dz is not None:
+                        self.through(step.source, dz)
             for slot in _made(step):  # nobody before it reads what it made
                 self.values.pop(slot, None)
 

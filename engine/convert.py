@@ -1,0 +1,314 @@
+"""One line that makes a network thrifty: the same function, parameters and checkpoints.
+
+`convert` traces what it can with torch.fx and lets `fusion` gather the layers into segments. The
+network keeps its modules, and so its names and its `state_dict`; its class becomes a subclass whose
+forward calls the segments. Where tracing fails, the parts are converted each by itself.
+"""
+
+import copy
+import functools
+import importlib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..ops import modules as twins
+from .fusion import POLICIES, RUNNERS, Fused, fuse, has_hooks
+
+_TWINS = {
+    nn.Conv2d: twins.Conv2d,
+}
+
+
+@dataclass
+class Conversion:
+    """What a converted module holds beside its parts.
+
+    Attributes:
+        base: its class before.
+        policy: what its segments keep.
+        programs: its segments, by name.
+        became: module: the segment that computes it.
+        left: module: why it is computed as before.
+        sources: the forward method while training and otherwise, where these differ.
+    """
+
+    base: type[nn.Module]
+    policy: str
+    sources: tuple["Source", ...] = ()
+    programs: types.SimpleNamespace = field(default_factory=types.SimpleNamespace)
+    became: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class Source:
+    """A forward method as text, with what its names mean; it is pickled and copied as such."""
+
+    def __init__(self, text: str, names: dict[str, Any]):
+        """Compile the text; `names` are its globals: modules, functions, classes."""
+        self.text, self.names = text, names
+        scope = dict(names)
+        exec(compile(text, f"<fullres segments {id(self)}>", "exec"), scope)
+        self.function = scope["forward"]
+
+    def __reduce__(self) -> tuple:
+        """Return it as text and names, modules by theirs."""
+        names = {
+            name: _Named(value.__name__) if isinstance(value, types.ModuleType) else value
+            for name, value in self.names.items()
+        }
+        return _restored_source, (self.text, names)
+
+    def __deepcopy__(self, memo: dict) -> "Source":
+        """Return itself: nothing of it changes."""
+        return self
+
+
+@dataclass(frozen=True)
+class _Named:
+    module: str
+
+
+def _restored_source(text: str, names: dict[str, Any]) -> Source:
+    return Source(
+        text,
+        {
+            name: importlib.import_module(value.module) if isinstance(value, _Named) else value
+            for name, value in names.items()
+        },
+    )
+
+
+def convert(model: nn.Module, *, policy: str = "keep", inplace: bool = False) -> nn.Module:
+    """Return the network, computed by fused segments that store the least for backward.
+
+    The result has the same function, and shares parameters and buffers with `model`; its modules,
+    names, `state_dict`, hooks and class (as a subclass) are the model's. Convolutions fuse with the
+    batch normalisation, activation, residual sum, 2 x 2 pooling, bilinear enlargement and
+    concatenation around them; what does not fuse is computed as before, and `report` says why.
+
+    A segment stores for backward, in the compute dtype, each convolution's raw output, once, and
+    what leaves a residual block, by policy:
+
+        "keep"     all of these; backward repeats elementwise work alone
+        "closing"  all but the last convolution's output of each residual sum, which is made again
+        "series"   the inputs of a run of blocks, within which everything is made again
+
+    Results do not depend on the policy. A hook on a module that was fused away would not run:
+    modules that have hooks now are not fused, and a hook added later raises RuntimeError when the
+    network runs. There are no second derivatives: backward with create_graph=True raises.
+
+    Args:
+        model: any network; it is not changed, unless `inplace`.
+        policy: what segments keep.
+        inplace: change `model` itself and return it.
+
+    Raises:
+        ValueError: another policy, or a model that is already converted.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy: want one of {', '.join(POLICIES)}, got {policy!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: want a torch.nn.Module, got {type(model).__name__}")
+    if any(RUNNERS in vars(module) for module in model.modules()):
+        raise ValueError("model: want one not yet converted (revert it first), got a converted one")
+    if not inplace:
+        model = _copied(model)
+    _convert(model, policy, "")
+    return model
+
+
+def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Return the network computed by the layers it was made of; parameters are shared.
+
+    model: one that `convert` returned, or that has such parts. It is not changed, unless `inplace`.
+    """
+    if not inplace:
+        model = _copied(model)
+    bases = {twin: base for base, twin in _TWINS.items()}
+    for module in model.modules():
+        if RUNNERS in vars(module):
+            module.__class__ = vars(module)[RUNNERS].base
+            delattr(module, RUNNERS)
+        elif type(module) in bases and getattr(module, "_twin", False):
+            module.__class__ = bases[type(module)]
+            del module._twin
+    return model
+
+
+def conversions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Conversion]]:
+    """Yield the converted parts of a network: name, module, what became of it."""
+    for name, module in model.named_modules():
+        if RUNNERS in vars(module):
+            yield name, module, vars(module)[RUNNERS]
+
+
+def fused_away(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of a network that are never called, since segments compute them."""
+    return {
+        part.get_submodule(target)
+        for _, part, conversion in conversions(model)
+        for target in conversion.became
+    }
+
+
+# Converting
+
+
+def _convert(module: nn.Module, policy: str, path: str) -> None:
+    """Convert a module in place: as a whole if it can be traced, else part by part.
+
+    path: its name in the network.
+    """
+    if type(module) in _TWINS and not has_hooks(module):
+        module.__class__, module._twin = _TWINS[type(module)], True
+        return
+    opaque: set[str] = set()
+    if next(module.children(), None) is not None and _traceable(module):
+        fused = _fused(module, policy, path, opaque)
+        if fused is not None:
+            _install(module, policy, fused)
+        else:
+            opaque = {name for name, _ in module.named_children()}
+    else:
+        opaque = {name for name, _ in module.named_children()}
+    for name in opaque:
+        _convert(module.get_submodule(name), policy, f"{path}.{name}" if path else name)
+
+
+def _traceable(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own to trace."""
+    missing = nn.modules.module._forward_unimplemented
+    containers = nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule
+    return type(module).forward is not missing and not isinstance(module, containers)
+
+
+class _Untraceable(Exception):
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+class _Tracer(fx.Tracer):
+    """Traces through containers, and around what cannot be traced, which `opaque` collects."""
+
+    def __init__(self, opaque: set[str]):
+        super().__init__()
+        self.opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque:
+            return True
+        if has_hooks(m) and next(m.children(), None) is not None:
+            self.opaque.add(module_qualified_name)
+            return True
+        own = m.__module__.startswith(f"{__package__.split('.')[0]}.ops.")
+        return own or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except _Untraceable:
+            raise
+        except Exception as error:
+            raise _Untraceable(self.path_of_module(m)) from error
+
+
+def _traced(module: nn.Module, opaque: set[str]) -> fx.Graph | None:
+    """Return a module's graph, adding to `opaque` the parts that it calls as they are."""
+    while True:
+        try:
+            return _Tracer(opaque).trace(module)
+        except _Untraceable as error:
+            if error.name in opaque:
+                return None
+            opaque.difference_update({n for n in opaque if n.startswith(f"{error.name}.")})
+            opaque.add(error.name)
+        except Exception:  # whatever forward does that a tracer cannot follow
+            return None
+
+
+def _fused(module: nn.Module, policy: str, path: str, opaque: set[str]) -> list[Fused] | None:
+    """Return the fused graph, two where training and evaluation differ, or None."""
+    modes = {m: m.training for m in module.modules()}
+    graphs = []
+    try:
+        for training in (True, False):
+            for m in modes:
+                m.training = training
+            graph = _traced(module, opaque)
+            if graph is None:
+                return None
+            graphs.append(graph)
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    if graphs[0].python_code("self").src == graphs[1].python_code("self").src:
+        return [fuse(graphs[0], module, policy, path, "segment")]
+    return [
+        fuse(graph, module, policy, path, prefix)
+        for graph, prefix in zip(graphs, ("training", "evaluation"), strict=True)
+    ]
+
+
+def _install(module: nn.Module, policy: str, fused: list[Fused]) -> None:
+    """Let a module run its fused graphs."""
+    if not any(each.programs for each in fused):
+        return
+    conversion = Conversion(type(module), policy)
+    for each in fused:
+        vars(conversion.programs).update(each.programs)
+        conversion.left |= each.left
+        conversion.became |= each.became
+        code = each.graph.python_code("self")
+        conversion.sources += (Source(code.src, code.globals),)
+    vars(module)[RUNNERS] = conversion
+    module.__class__ = _subclass(conversion)
+
+
+def _subclass(conversion: Conversion) -> type[nn.Module]:
+    """Return the class of a converted module: its own, but for how it runs, copies and pickles."""
+    base, functions = conversion.base, [source.function for source in conversion.sources]
+
+    @functools.wraps(functions[0])
+    def forward(self, *args, **kwargs):
+        _refuse_hooks(self)
+        function = functions[0 if self.training else -1]
+        return function(self, *args, **kwargs)
+
+    def reduced(self, protocol):
+        return _restored, (conversion,), {k: v for k, v in vars(self).items() if k != RUNNERS}
+
+    members = {"forward": forward, "__reduce_ex__": reduced, "__module__": base.__module__}
+    return type(f"Fused{base.__name__}", (base,), members)
+
+
+def _restored(conversion: Conversion) -> nn.Module:
+    kind = _subclass(conversion)
+    module = kind.__new__(kind)
+    vars(module)[RUNNERS] = conversion
+    return module
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    """Raise RuntimeError if a module that segments compute has got a hook, which would not run."""
+    for target in vars(module)[RUNNERS].became:
+        part = module.get_submodule(target)
+        if has_hooks(part):
+            raise RuntimeError(
+                f"{target}: a segment computes this module, so its hooks would not run; register "
+                "them before fullres.convert, or fullres.revert the network"
+            )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules that shares all tensors."""
+    shared: list[Any] = []
+    for module in model.modules():
+        values = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+        shared += [v for v in values if isinstance(v, Tensor | torch.distributed.ProcessGroup)]
+    return copy.deepcopy(model, {id(value): value for value in shared})
