@@ -34,6 +34,11 @@ CONFIGS = [  # the first must fit every supported device: tests and the interpre
     triton.Config({"ELEMENTS": 4096}, num_warps=4),
     triton.Config({"ELEMENTS": 8192}, num_warps=8),
 ]
+BACKWARD_CONFIGS = [  # at most 16 elements a thread, for which the three sums stay in registers
+    triton.Config({"ELEMENTS": 2048}, num_warps=4),
+    triton.Config({"ELEMENTS": 1024}, num_warps=4),
+    triton.Config({"ELEMENTS": 4096}, num_warps=8),
+]
 POOLED_CONFIGS = [  # elements of windows, of four pixels each
     triton.Config({"ELEMENTS": 1024}, num_warps=4),
     triton.Config({"ELEMENTS": 2048}, num_warps=8),
@@ -197,7 +202,7 @@ def moments_kernel(
     tl.store(parts_ptr + 2 * C + offs_c, m2_all, mask=mask_c)
 
 
-@autotune(CONFIGS, key=["C", "RESAMPLE"])
+@autotune(BACKWARD_CONFIGS, key=["C", "RESAMPLE"])
 @triton.jit
 def prologue_backward_kernel(
     dz_ptr, add_ptr, x_ptr, norm_ptr, r_ptr, r_norm_ptr,  # [M, C]; add, residual, norms or None
