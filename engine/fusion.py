@@ -10,7 +10,7 @@ take the steps' place in the graph; every other node stays as it was.
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -94,6 +94,11 @@ class Step:
         """Yield what all sources read."""
         for source in self.sources:
             yield from source.reads
+
+    @property
+    def cheap(self) -> bool:
+        """Whether it writes what one other image alone tells."""
+        return self.target is None and self.sources[0].residual is None
 
     @property
     def made(self) -> list[Cell]:
@@ -205,10 +210,8 @@ class _Reader:
             elif value.bare:
                 self.cells[node] = value.x.cell
             else:
-                out = Cell()
-                out.step = Step(where, [value], out, run=_run_of(node, self.modules))
-                self.steps.append(out.step)
-                self.cells[node] = out
+                self.cells[node] = self._step(where, [value])
+                self.cells[node].step.run = _run_of(node, self.modules)
         return self.cells[node]
 
     def of(self, node: fx.Node, where: fx.Node) -> Expression:
@@ -247,11 +250,22 @@ class _Reader:
             sources = list(self.pairs[argument])
         else:
             sources = [self.of(argument, node)]
+        # A 1 x 1 convolution and the enlargement before it change places: a quarter of the work,
+        # and a quarter of the bytes to keep.
+        small = len(sources) == 1 and sources[0].resample == "up2" and _is_pointwise(module)
+        if small:
+            sources = [replace(sources[0], resample="none")]
+        value = Expression(Read(self._step(node, sources, str(node.target))))
+        if small:
+            value = Expression(Read(self._step(node, [replace(value, resample="up2")])))
+        return value
+
+    def _step(self, where: fx.Node, sources: list[Expression], target: str | None = None) -> Cell:
+        """Return what a step makes that is added here."""
         out = Cell()
-        run_ = _run_of(node, self.modules)
-        out.step = Step(node, sources, out, str(node.target), run=run_)
+        out.step = Step(where, sources, out, target, run=_run_of(where, self.modules))
         self.steps.append(out.step)
-        return Expression(Read(out))
+        return out
 
     def _norm(self, node: fx.Node) -> Expression | None:
         argument = node.args[0]
@@ -480,6 +494,12 @@ def _module_kind(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
     return None, {}
 
 
+def _is_pointwise(module: nn.Conv2d) -> bool:
+    """Whether a convolution sees one pixel at a time, and all of them."""
+    plain = module.padding in (0, (0, 0), "same", "valid")
+    return _pair(module.kernel_size) == _pair(module.stride) == (1, 1) and plain
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what `kind` does: it, our twin of it, or it parametrized."""
     if kind is nn.Conv2d and type(module)._conv_forward is not nn.Conv2d._conv_forward:
@@ -500,9 +520,8 @@ class _Gathering:
 
     def __init__(self, reader: _Reader):
         self.reader, self.position = reader, reader.position
-        self.steps = sorted(
-            reader.steps, key=lambda s: (self.position[s.node], s.target is not None)
-        )
+        # What is written at a node before what it computes: they were added in this order.
+        self.steps = sorted(reader.steps, key=lambda s: self.position[s.node])
         self.readers: dict[Cell, list[Step]] = {}
         for step in self.steps:
             for read in step.reads:
@@ -534,7 +553,9 @@ class _Gathering:
                         joined = together
             for each in joined.steps:
                 each.segment = joined
-        return sorted({id(s.segment): s.segment for s in self.steps}.values(), key=self._place)
+        segments = {id(step.segment): step.segment for step in self.steps}.values()
+        self._check_order(list(segments))
+        return sorted(segments, key=self._place)
 
     def _join(self, first: Segment, second: Segment) -> Segment:
         steps = sorted({*first.steps, *second.steps}, key=self.steps.index)
@@ -554,7 +575,10 @@ class _Gathering:
             for r in s.reads
             if r.cell.step is not None
         )
-        return inner or bool((segment.runs & joined.runs) - {""})
+        # A term of a sum that is elementwise work on what is kept need not be kept itself.
+        sums = {r.cell for s in joined.steps for e in s.sources if e.residual for r in e.reads}
+        term = any(s.cheap and s.out in sums for s in segment.steps)
+        return inner or term or bool((segment.runs & joined.runs) - {""})
 
     def _place(self, segment: Segment) -> int:
         return max(self.position[step.node] for step in segment.steps)
@@ -572,20 +596,24 @@ class _Gathering:
                     if reader.segment not in (s.segment for s in joined.steps):
                         if self._place(reader.segment) <= place:
                             return False
-        for norm in joined.norms:
-            for other in self.steps:
-                if other in steps or other.segment is None:
-                    continue
-                for read in other.reads:
-                    same = read.norm is not None and read.norm.target == norm.target
-                    if same and self._disordered(norm, read.norm, place, other.segment):
-                        return False
         return True
 
-    def _disordered(self, norm: BatchNorm, other: BatchNorm, place: int, segment: Segment) -> bool:
-        """Whether two calls of one module would run in another order than in the graph."""
-        before = self._called(norm) < self._called(other)
-        return before != (place < self._place(segment))
+    def _check_order(self, segments: list[Segment]) -> None:
+        """Raise _Conflict if calls of one normalisation would run in another order than before.
+
+        They move the same running statistics. Checked at the end, for a call that is overtaken
+        while segments grow may fall in line again.
+        """
+        calls: dict[str, list[tuple[int, int, Segment]]] = {}
+        for segment in segments:
+            for norm in segment.norms:
+                call = self._called(norm), self._place(segment), segment
+                calls.setdefault(norm.target, []).append(call)
+        for same in calls.values():
+            same.sort(key=lambda call: call[0])
+            for (_, place, segment), (_, after, _) in pairwise(same):
+                if after < place:
+                    raise _Conflict(self._culprit(segment.steps[-1]))
 
     def _called(self, norm: BatchNorm) -> int:
         step = norm.cell.step
@@ -764,20 +792,22 @@ def _program(
 def dropped(program: Program, policy: str) -> set[int]:
     """Return the slots that a policy makes again in backward.
 
-    "closing": the outputs of convolutions that are summed; "series": all.
+    "keep": what one kept image alone tells, by elementwise work; "closing": also the outputs of
+    convolutions that are summed; "series": all.
     """
-    made = {slot: step for slot, step in program.producers.items()}
+    made = program.producers
     if policy == "series":
         return {*made}
+    cheap = {s.out for s in program.steps if isinstance(s, Write) and s.source.residual is None}
     if policy == "keep":
-        return set()
+        return cheap
     sums = [
         source
         for step in program.steps
         for source in (step.sources if isinstance(step, Conv) else (step.source,))
         if source.residual is not None
     ]
-    return {
+    return cheap | {
         term.slot
         for source in sums
         for term in source.terms
