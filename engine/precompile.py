@@ -83,18 +83,21 @@ def precompile(
 
     progress is called with the number of variants compiled so far, and of those to compile.
 
-    A row has the figures of `kernels.aot.Report` and "variant", the constants that tell it apart.
+    A row has the figures of `kernels.aot.Report` and
+
+        variant   the constants that tell it from the kernel's others
+        excess    the limits of kernels/aot.py that it passes, in words; "" for none
+        excuse    why it ships all the same; "" where no reason is known, or none is needed
 
     Raises:
         ValueError: an unknown target.
         RuntimeError: a variant does not compile.
     """
     from ..kernels.aot import TARGETS
-    from ..kernels.launches import build
+    from ..kernels.launches import build, judged
 
-    targets = list(targets)
+    targets = list(dict.fromkeys(targets))
     if unknown := sorted({*targets} - {*TARGETS}):
         raise ValueError(f"target: want some of {', '.join(TARGETS)}; got {', '.join(unknown)}")
     made = [launch for target in targets for launch in record_launches(step, target)]
-    built = build(made, Path(out), progress)
-    return [{**report.row(), "variant": launch.label} for launch, report in built]
+    return judged(build(made, Path(out), progress))

@@ -18,6 +18,26 @@ TARGETS = {
 }
 # What a program may take, which the compiler does not check: it only fails when launched.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
+SPILL_LIMIT = 64  # bytes a thread: a few rarely used values, which L1 holds
+
+
+@dataclass(frozen=True)
+class Excuse:
+    """Why variants of a kernel may take more than a limit of a target: up to `most` bytes.
+
+    `what` is "spill_bytes" or "shared_bytes"; `where` a regular expression that the label of a
+    variant (its constants, "C=16 ... warps=4 stages=3") has to match.
+    """
+
+    kernel: str
+    target: str
+    what: str
+    most: int
+    where: str
+    reason: str
+
+
+EXCUSES: list[Excuse] = []  # what ships beyond a limit, each with its reason
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,22 @@ def report_of(compiled: CompiledKernel, target: str) -> Report:
         compiled=compiled,
         **figures,
     )
+
+
+def excess(report: Report) -> dict[str, int]:
+    """Return the figures of a report that pass their limits, by name."""
+    limits = {"spill_bytes": SPILL_LIMIT, "shared_bytes": SHARED_LIMIT[report.target]}
+    figures = {name: getattr(report, name) or 0 for name in limits}
+    return {name: figures[name] for name, limit in limits.items() if figures[name] > limit}
+
+
+def excuse(report: Report, label: str, what: str) -> str:
+    """Return the reason in EXCUSES for this excess of a variant; "" where there is none."""
+    for known in EXCUSES:
+        same = (known.kernel, known.target, known.what) == (report.kernel, report.target, what)
+        if same and getattr(report, what) <= known.most and re.search(known.where, label):
+            return known.reason
+    return ""
 
 
 def _nvidia(compiled: CompiledKernel) -> dict[str, int | None]:

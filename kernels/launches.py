@@ -24,7 +24,7 @@ import triton
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, MockTensor
 
-from .aot import TARGETS, Report, report_of
+from .aot import TARGETS, Report, excess, excuse, report_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Launch:
     """A kernel launch to compile: which kernel, for which target, and triton's description of it.
 
     `kernel` is "module:name"; `description` the types, constants, alignments and options, in the
-    text from which triton itself can compile again.
+    text from which triton itself can compile again; `tuned` the constants that a tuner chose, with
+    spaces between.
     """
 
     kernel: str
     target: str
     description: str
+    tuned: str = ""
 
     @property
     def label(self) -> str:
@@ -50,6 +52,13 @@ class Launch:
         options = d["options"]
         words += [f"warps={options['num_warps']}", f"stages={options['num_stages']}"]
         return " ".join([*types, *words])
+
+    @property
+    def problem(self) -> tuple[str, ...]:
+        """Return what it has in common with the launches that a tuner would try in its place."""
+        chosen = {*self.tuned.split(), "warps", "stages"} if self.tuned else ()
+        words = [word for word in self.label.split() if word.partition("=")[0] not in chosen]
+        return self.kernel, self.target, *words
 
 
 @contextmanager
@@ -66,11 +75,11 @@ def recorded(target: str, as_argument: Callable[[Any], Any]) -> Iterator[dict[La
     Yields the launches, in the order of their first occurrence.
     """
     launches: dict[Launch, None] = {}
-    run = JITFunction.run
+    run, tuned = JITFunction.run, ""
 
     def note(*, fn, compile, **_):  # triton's hook before it compiles; true stops it
         kernel = f"{fn.module}:{fn.name}"
-        launches[Launch(kernel, target, compile["specialization_data"])] = None
+        launches[Launch(kernel, target, compile["specialization_data"], tuned)] = None
         return True
 
     def launch(self, *args, grid, warmup, **kwargs):
@@ -79,9 +88,11 @@ def recorded(target: str, as_argument: Callable[[Any], Any]) -> Iterator[dict[La
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     def tune(self, *args, **kwargs):
+        nonlocal tuned
         for config in reversed(self.every_config):  # the first last: callers ask what was best
-            self.best_config = config
+            self.best_config, tuned = config, " ".join(config.kwargs)
             self.fn.run(*args, **kwargs, **config.all_kwargs())
+        tuned = ""
 
     with (
         posing_as(target),
@@ -162,6 +173,32 @@ def build(
     if process.returncode:
         raise RuntimeError(f"ahead-of-time compilation failed:\n{''.join(said)}")
     return [(launch, Report(**json.loads(file.read_text()))) for launch, file in files.items()]
+
+
+def judged(built: Iterable[tuple[Launch, Report]]) -> list[dict[str, Any]]:
+    """Return a row a launch: its report, its label as "variant", "excess" and "excuse".
+
+    "excess" is what it takes beyond the limits in aot.py, in words, and "excuse" why it ships all
+    the same: both "" where there is none.
+    """
+    built = list(built)
+    fitting = {launch.problem for launch, report in built if "shared_bytes" not in excess(report)}
+    rows = []
+    for launch, report in built:
+        over = excess(report)
+        excuses = {name: excuse(report, launch.label, name) for name in over}
+        if "shared_bytes" in over and launch.problem in fitting:
+            excuses["shared_bytes"] = "the tuner passes over it and takes one that fits"
+        said = "; ".join(excuses.values()) if all(excuses.values()) else ""
+        rows.append(
+            {
+                **report.row(),
+                "variant": launch.label,
+                "excess": ", ".join(f"{name} {over[name]}" for name in over),
+                "excuse": said,
+            }
+        )
+    return rows
 
 
 def _ninja_path(path: Path) -> str:

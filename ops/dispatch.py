@@ -109,6 +109,8 @@ def write_table(path: Path, times: Iterable[tuple[Shape, float, float]]) -> None
         rows.writerow(_COLUMNS)
         for shape, triton_ms, otherwise_ms in times:
             rows.writerow([*shape.words(), f"{triton_ms:.4g}", f"{otherwise_ms:.4g}"])
+    _slower.cache_clear()  # what was read of an earlier table of that name
+    _slower_on.cache_clear()
 
 
 def read_table(path: Path) -> dict[Shape, tuple[float, float]]:

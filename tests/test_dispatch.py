@@ -40,6 +40,13 @@ def test_a_table_comes_back_as_it_was_written(table):
     assert read_table(table) == TIMES
 
 
+def test_a_table_that_is_written_again_decides_at_once(monkeypatch, table):
+    monkeypatch.setenv(dispatch.VARIABLE, str(table))
+    assert implementation(SLOW, CARD) == "cudnn"
+    write_table(table, [(SLOW, 0.3, 0.4)])
+    assert implementation(SLOW, CARD) == "triton"
+
+
 def test_pairs_may_be_lists_as_operators_have_them(monkeypatch, table):
     monkeypatch.setenv(dispatch.VARIABLE, str(table))
     given = Shape("forward", torch.bfloat16, 128, 128, [3, 3], [1, 1], [1, 1])

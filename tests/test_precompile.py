@@ -11,7 +11,9 @@ import triton
 from fullres.engine.precompile import precompile, record_launches, training_step
 from fullres.kernels import aot, launches
 from fullres.kernels.conv import ROWS_CONFIGS
+from fullres.ops import dispatch
 from fullres.ops.conv import conv2d
+from fullres.ops.conv_fwd import conv2d_fwd
 
 SIZE = (2, 16, 1260, 2048)
 
@@ -115,8 +117,9 @@ def test_a_process_with_the_cache_compiles_nothing(built):
     program = """
 from unittest import mock
 import torch, triton
+from fullres.engine.precompile import _DevicePath
 from fullres.kernels import launches
-from fullres.ops.conv import conv2d_triton
+from fullres.ops.conv import conv2d
 
 hits = []
 triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
@@ -135,8 +138,9 @@ with (
     launches.posing_as("sm_80"),
     mock.patch.object(launches.JITFunction, "run", launch),
     mock.patch.object(launches.Autotuner, "run", tune),
+    _DevicePath(),
 ):
-    conv2d_triton(x, weight, None, 1)
+    conv2d(x, weight, padding=1)
 print(len(hits), all(hits))
 """
     out, rows = built
@@ -157,6 +161,70 @@ def test_what_does_not_compile_is_named(tmp_path):
     launch = launches.Launch(launch.kernel, launch.target, json.dumps(broken))
     with pytest.raises(RuntimeError, match="nonsense"):
         launches.build([launch], tmp_path)
+
+
+def report(spill_bytes: int = 0, shared_bytes: int = 0) -> aot.Report:
+    return aot.Report("kernel", "gfx942", 4, shared_bytes, spill_bytes=spill_bytes)
+
+
+def launch_of(C: int, BLOCK: int, tuned: str) -> launches.Launch:
+    description = {
+        "signature": {"x_ptr": "*bf16", "C": "constexpr", "BLOCK": "constexpr"},
+        "constant_keys": [[1], [2]],
+        "constant_vals": [C, BLOCK],
+        "options": {"num_warps": BLOCK // 16, "num_stages": 2},
+    }
+    return launches.Launch("module:kernel", "gfx942", json.dumps(description), tuned)
+
+
+def test_a_variant_beyond_a_limit_needs_a_reason(monkeypatch):
+    limit = aot.SHARED_LIMIT["gfx942"]
+    assert aot.excess(report(aot.SPILL_LIMIT, limit)) == {}
+    beyond = report(aot.SPILL_LIMIT + 1, limit + 1)
+    assert aot.excess(beyond) == {"spill_bytes": aot.SPILL_LIMIT + 1, "shared_bytes": limit + 1}
+    known = aot.Excuse("kernel", "gfx942", "spill_bytes", 100, r"C=16\b", "because")
+    monkeypatch.setattr(aot, "EXCUSES", [known])
+    assert aot.excuse(beyond, "C=16 BLOCK=64", "spill_bytes") == "because"
+    assert aot.excuse(report(101), "C=16 BLOCK=64", "spill_bytes") == ""
+    assert aot.excuse(beyond, "C=160 BLOCK=64", "spill_bytes") == ""
+    assert aot.excuse(beyond, "C=16 BLOCK=64", "shared_bytes") == ""
+    (row,) = launches.judged([(launch_of(16, 64, ""), beyond)])
+    assert row["excuse"] == ""  # a reason for one of two is none
+    (row,) = launches.judged([(launch_of(16, 64, ""), report(100))])
+    assert (row["excess"], row["excuse"]) == ("spill_bytes 100", "because")
+
+
+def test_a_configuration_too_large_for_a_device_is_the_tuners_to_pass_over():
+    large, small = report(shared_bytes=10**6), report(shared_bytes=10)
+    tuned = [(launch_of(16, 64, "BLOCK"), large), (launch_of(16, 32, "BLOCK"), small)]
+    rows = launches.judged(tuned)
+    assert "tuner" in rows[0]["excuse"] and rows[1]["excess"] == rows[1]["excuse"] == ""
+    # Not where nothing fits, where the one that fits is for another layer, or nothing is tuned.
+    assert launches.judged(tuned[:1])[0]["excuse"] == ""
+    assert launches.judged([tuned[0], (launch_of(32, 32, "BLOCK"), small)])[0]["excuse"] == ""
+    untuned = [(launch_of(16, 64, ""), large), (launch_of(16, 32, ""), small)]
+    assert launches.judged(untuned)[0]["excuse"] == ""
+
+
+def test_what_a_tuner_chose_is_recorded():
+    found = record_launches(one_convolution, "sm_90")
+    assert {launch.tuned for launch in found} != {""}
+    assert len({launch.problem for launch in found}) == 1 < len(found)
+
+
+def test_operators_that_call_others_of_ours_are_followed():
+    def step():
+        x = torch.empty(1, 16, 64, 64, dtype=torch.float16)
+        weight = torch.empty(16, 16, 3, 3, dtype=torch.float16)
+        with dispatch.prefer("cudnn"):  # which takes its statistics from an operator of ours
+            conv2d_fwd(
+                x, None, None, None, "relu", 0.0, "none", None, None, "none", 0.0, "none",
+                weight, None, [1, 1], [1, 1], [1, 1], 1, True, False,
+            )  # fmt: skip
+
+    names = {launch.kernel.split(":")[1] for launch in record_launches(step, "sm_90")}
+    assert {"prologue_kernel", "moments_kernel"} <= names
+    assert not {name for name in names if name.startswith("conv2d")}
 
 
 def test_unknown_targets_are_named(tmp_path):
