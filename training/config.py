@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from ..models import PRESETS, UResNetConfig
+
 
 def _option(default: Any, help: str, **limits: float) -> Any:
     """A field with its default, its help, and its limits: `least` and `above`, both optional."""
@@ -152,6 +154,33 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"want image_size as ROWSxCOLUMNS, such as 1260x2048; got {text!r}")
     return int(found[1]), int(found[2])
+
+
+def parse_network(preset: str, numbers: str = "") -> UResNetConfig:
+    """Return a preset's numbers, those changed that `numbers` names, as in "filters=4,depth=3".
+
+    Raises ValueError for an unknown preset, a number that the network does not have, or its range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"want preset from {', '.join(PRESETS)}; got {preset!r}")
+    known = {option.name: option.type for option in dataclasses.fields(UResNetConfig)}
+    changes = {}
+    for part in filter(None, numbers.split(",")):
+        name, _, value = (text.strip() for text in part.partition("="))
+        if name not in known:
+            raise ValueError(f"want in network one of {', '.join(known)}; got {part!r}")
+        try:
+            kinds = {bool: _truth, int: int}
+            changes[name] = kinds.get(known[name], str)(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"want in network {name}=VALUE; got {part!r}") from None
+    return dataclasses.replace(PRESETS[preset], **changes)
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+        text.lower()
+    ]
 
 
 def _coerce(name: str, hint: Any, value: Any) -> Any:

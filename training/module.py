@@ -1,6 +1,5 @@
 """What one training step and one validation are, as a Lightning module."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,9 +8,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from ..events import Event
-from ..models import PRESETS, uresnet
+from ..models import uresnet
 from ..ops.batch_norm import SyncBatchNorm
-from .config import TrainConfig
+from .config import TrainConfig, parse_network
 from .loss import SegmentationLoss
 from .metrics import SegmentationMetrics
 
@@ -19,34 +18,14 @@ from .metrics import SegmentationMetrics
 def build_model(config: TrainConfig) -> nn.Module:
     """Return the network with fresh weights, from torch's random generator.
 
-    Raises ValueError for an unknown preset, or a number that the network does not have.
+    Raises ValueError as `parse_network`.
     """
-    if config.preset not in PRESETS:
-        raise ValueError(f"want preset from {', '.join(PRESETS)}; got {config.preset!r}")
-    preset = PRESETS[config.preset]
-    known = {option.name: option.type for option in dataclasses.fields(preset)}
-    changes = {}
-    for part in filter(None, config.network.split(",")):
-        name, _, value = (text.strip() for text in part.partition("="))
-        if name not in known:
-            raise ValueError(f"want in network one of {', '.join(known)}; got {part!r}")
-        try:
-            kinds = {bool: _truth, int: int}
-            changes[name] = kinds.get(known[name], str)(value)
-        except (ValueError, KeyError):
-            raise ValueError(f"want in network {name}=VALUE; got {part!r}") from None
-    model = uresnet(dataclasses.replace(preset, **changes))
+    model = uresnet(parse_network(config.preset, config.network))
     if config.sync_batch_norm:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
-
-
-def _truth(text: str) -> bool:
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
-        text.lower()
-    ]
 
 
 class SegmentationModule(LightningModule):
