@@ -167,12 +167,12 @@ def conv2d_wgrad_triton(
                 *arguments, **constants, GROUPS=groups,
                 PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
             )  # fmt: skip
-        dw = _sum_parts(dw).permute(0, 3, 1, 2)
-        db = _sum_parts(db) if bias else x.new_empty(0, dtype=torch.float32)
+        dw = sum_parts(dw).permute(0, 3, 1, 2)
+        db = sum_parts(db) if bias else x.new_empty(0, dtype=torch.float32)
     return dw, db
 
 
-def _sum_parts(parts: torch.Tensor) -> torch.Tensor:
+def sum_parts(parts: torch.Tensor) -> torch.Tensor:
     """Return the sum of parts over their first axis, added up in a tree of one order."""
     from ..kernels.wgrad import BLOCK_L, FAN_IN, sum_parts_kernel
 

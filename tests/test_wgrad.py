@@ -351,18 +351,18 @@ def test_ranges_bound_the_length_of_a_sum():
 
 def test_a_tree_of_sums_does_not_drift(interpreted, poisoned):
     """0.1 is not a float32: 40,000 of them added one by one are wrong in the fourth digit."""
-    from fullres.ops.conv_wgrad import _sum_parts
+    from fullres.ops.conv_wgrad import sum_parts
 
     parts = torch.full((40_000, 3, 50), 0.1)
     exact = parts.double().sum(0)
     one_by_one = parts[:, 0, 0].numpy().cumsum()[-1]
     assert abs(one_by_one - exact[0, 0]) > 1e-5 * exact[0, 0]
-    sums = _sum_parts(parts)
+    sums = sum_parts(parts)
     assert sums.shape == (3, 50)
     levels = 3  # of 32 terms each
     allowed = levels * 31 * torch.finfo(torch.float32).eps / 2 * exact
     assert ((sums.double() - exact).abs() <= allowed).all()
-    assert torch.equal(parts[:1].sum(0), _sum_parts(parts[:1]))
+    assert torch.equal(parts[:1].sum(0), sum_parts(parts[:1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

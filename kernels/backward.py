@@ -1,0 +1,528 @@
+"""Device code for both gradients of a convolution of NHWC images in one pass over what is stored.
+
+    dz[n, h, w, c]    = sum over r < R, s < S, k < K of dy[n, h - r + PAD, w - s + PAD, k] *
+                                                        w[k, r, s, c]
+    dw[k, r, s, c]    = sum over n, h, w of z[n, h, w, c] * dy[n, h - r + PAD, w - s + PAD, k]
+    db[k]             = sum over n, h, w of dy[n, h, w, k]
+    gradient[n, h, w, c] = act'(pre[n, h, w, c]) * (dz + add)[n, h, w, c]
+    sums[:, c]        = sums over n, h, w of gradient, gradient * (x - mean),
+                        gradient * (residual - mean_r)
+
+    R = S = 1, PAD = 0 or R = S = 3, PAD = 1; stride and dilation 1, so that dy is of z's size, and
+    0 outside its image. dy of (g, y) and z = act(pre) of (x, residual) are made as they are loaded,
+    as kernels/fuse.py says, and rounded to x's type before the products; the gradient is rounded
+    once, and its sums are of what is stored.
+
+g, y: [N, H, W, K]; x, residual, add, gradient: [N, H, W, C]; w, dw: [K, R, S, C]; all dense and
+row-major, so they are torch's [N, C, H, W] and [K, C, R, S] in channels_last. Norms are float32
+[4, C], coefficients float32 [4, K].
+
+Both gradients are sums over the same pairs of pixels, (h, w) of z and (p, q) = (h - r + PAD, ...)
+of dy, so one load of a pair's pixels serves two products. A pixel's *window* of a row p of dy is
+the S*K consecutive values that start PAD pixels to its left, j = t*K + k with t = S - 1 - s; a tile
+D[pixel, j] of them is multiplied by the turned filter, D @ w -> dz[pixel, c], and by z from the
+left, D^T z -> dw[j, c]: the windows fill the depth of one product and the rows of the other, which
+tensor cores want in 64s.
+
+- conv2d_backward_rows_kernel, for 3x3: a program rolls down a strip of columns. A step
+  loads row p of windows and row p + 1 of x. Row p belongs to rows p - 1, p and p + 1 of z: three
+  rows of dz grow in registers, the finished one is activated backward and stored; three rows of z
+  meet D, into one accumulator a filter row. The two elder rows of z wait in registers; x of the
+  finished row is read again, from L1 or L2.
+- conv2d_backward_pixels_kernel, for 1x1: a program walks consecutive pixels; nothing waits.
+
+Bytes: a pass reads g, y, x (residual, add) and writes the gradient: (2K + 2C) elements a pixel
+where dgrad and wgrad apart move (4K + 3C), 4 T for 7 T at K = C. That leaves 6 T for a whole layer
+with its forward pass, not 9. What is read twice besides: two rows of dy a strip of up to MOST_ROWS,
+from DRAM or L2, and the windows' overlap of S, from L1 (from L2 where loads are asynchronous).
+Partial sums are R*S*C*K float32 a program, written and read: under 2% at 16 channels, 4% at 32.
+
+Work: 4*R*S*C*K FLOP a pixel. At 2-byte elements and K = C = 16, 32, 64 that is 72, 144 and 288
+FLOP a byte. An H200 turns from memory to arithmetic at 184, so at 16 and 32 channels the roof is
+the copy's: 30 and 60 ps a pixel at 4.3 TB/s. At 64 it is the arithmetic's, 187 ps, which two passes
+(52 + 156 = 208 ps by their bytes, 187 by their work) reach just as well.
+
+Registers, which decide where this is possible at all. A thread of 256 holds, for 3x3 at 16 channels
+and 64 columns, 12 accumulators of dw and 12 of dz, 16 values of windows, and up to 80 of norms and
+coefficients, 8 channels of each in every layout in which they are used: 167 on sm_90, 200 with a
+residual. At 32 channels and 64 columns that is 48 of dw, 24 of dz and 32 of windows: 246. At 64
+channels dw alone takes 192: no room for windows, so conv2d_backward_fits ends at 32 channels, at 64
+for 1x1, and at half of that for 4-byte elements, whose IEEE products need their operands there too.
+
+Instructions come next to bytes: what makes dy of (g, y), about seven a value, runs S times, once a
+window. At 16 channels that is half of what a processor can issue in the time that the bytes take.
+
+Exactness is kernels/wgrad.py's: no sum is longer than CHAIN pixels, parts are added in a tree, all
+in one order. A z that is not finite is multiplied by the zeros around dy: at an image's border the
+taps that do not meet it become NaN as well.
+"""
+
+import triton
+import triton.language as tl
+
+from ._tune import autotune
+from .aot import Variant
+from .fuse import activate, activate_backward, load_coefficients, load_dy, load_norm
+from .wgrad import CHAIN, PROGRAMS, conv2d_wgrad_blocks, conv2d_wgrad_splits, fit
+from .wgrad import CONFIGS as WGRAD_CONFIGS
+
+MOST_PIXELS = 128  # of a tile, in any configuration
+MOST_ROWS = CHAIN // MOST_PIXELS  # of a strip: no sum over it may be longer than CHAIN
+FEWEST_ROWS = 16  # below, the two rows of dy that a strip adds cost more than idle processors
+
+
+def _config(VALUES, **options):
+    """Return a configuration; VALUES counts those of the wider image in a tile, of 2 bytes each."""
+    return triton.Config({"VALUES": VALUES}, **options)
+
+
+# The first must fit every supported device: tests and the interpreter pin it. Eight warps are for
+# NVIDIA: on AMD they are 512 lanes, which leaves each half of the registers it needs at 32 channels
+# and more. For the 1x1 kernel at 64 channels no such configuration is without spills there.
+ROWS_CONFIGS = [
+    # One stage: no asynchronous copies, which pass L1 by and fetch each window anew from L2.
+    _config(512, num_warps=4, num_stages=1),
+    _config(512, num_warps=8, num_stages=2),
+    _config(1024, num_warps=8, num_stages=2),
+    # At 32 channels for Hopper, whose tensor cores read filters from shared memory: elsewhere
+    # these fill registers.
+    _config(2048, num_warps=8, num_stages=1),
+    _config(2048, num_warps=8, num_stages=2),
+]
+PIXELS_CONFIGS = [
+    _config(1024, num_warps=4, num_stages=1),
+    _config(2048, num_warps=8, num_stages=2),
+    _config(4096, num_warps=8, num_stages=2),  # at 64 channels for Hopper
+]
+
+
+@triton.constexpr_function
+def tile_pixels(VALUES: int, C: int, K: int, bits: int) -> int:
+    """Return how many pixels a tile has in this configuration: of a strip, its columns."""
+    return max(16, min(MOST_PIXELS, VALUES * 16 // bits // fit(64, max(C, K))))
+
+
+def strip_rows(N: int, H: int, W: int) -> int:
+    """Return how many rows a strip of the rows kernel has: of one column of them equally many."""
+    columns = N * triton.cdiv(W, 64)
+    rows = max(FEWEST_ROWS, min(MOST_ROWS, columns * H // PROGRAMS))
+    return triton.cdiv(H, triton.cdiv(H, rows))
+
+
+def range_pixels(M: int) -> int:
+    """Return how many of M pixels a program of the 1x1 kernel takes, a multiple of MOST_PIXELS."""
+    tiles = max(1, min(MOST_ROWS, M // (MOST_PIXELS * PROGRAMS)))
+    return MOST_PIXELS * tiles
+
+
+@triton.jit
+def _preactivation(
+    x, residual, mean, scale, shift, mean_r, scale_r,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr,
+):  # fmt: skip
+    """Return norm(x) + residual_norm(residual) in float32; shift is the sum of both shifts."""
+    pre = x.to(tl.float32)
+    if NORM:
+        pre = (pre - mean) * scale
+    if RESIDUAL:
+        r = residual.to(tl.float32)
+        if RESIDUAL_NORM:
+            r = (r - mean_r) * scale_r
+        pre += r
+    if NORM or RESIDUAL_NORM:
+        pre += shift
+    return pre
+
+
+@autotune(ROWS_CONFIGS, key=["C", "K", "PRECISION", "ACT"])
+@triton.jit
+def conv2d_backward_rows_kernel(
+    g_ptr, y_ptr, coef_ptr,  # [N, H, W, K], as g or None, [4, K] or None
+    w_ptr,  # [K, 3, 3, C]
+    x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,  # [N, H, W, C], [4, C] or None, both or None
+    add_ptr, gradient_ptr,  # [N, H, W, C] or None, [N, H, W, C]
+    sums_ptr, dw_ptr, db_ptr,  # parts: [T, 3, C] or None, [T, K, 3, 3, C], [T, K] or None, float32
+    H, W, rows,
+    C: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
+    WIDEN: tl.constexpr,  # multiply in float32: for the interpreter, whose bfloat16 dot is wrong
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """Write a [rows, columns, C] strip of the gradient, and its part of every sum."""
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = tile_pixels(VALUES, C, K, TYPE.primitive_bitwidth)
+    BLOCK_K: tl.constexpr = fit(64, K, 4)
+    BLOCK_J: tl.constexpr = 4 * BLOCK_K  # t < 3 of four
+    BLOCK_C: tl.constexpr = fit(64, C)
+    NORM: tl.constexpr = norm_ptr is not None
+    RESIDUAL: tl.constexpr = residual_ptr is not None
+    RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
+    COEF: tl.constexpr = coef_ptr is not None
+    PLAIN: tl.constexpr = not NORM and not RESIDUAL and ACT == "none"
+
+    pid = tl.program_id(0)
+    tiles_q = (W + COLUMNS - 1) // COLUMNS
+    tiles_h = (H + rows - 1) // rows
+    q0 = pid % tiles_q * COLUMNS
+    h0 = pid // tiles_q % tiles_h * rows
+    n = (pid // tiles_q // tiles_h).to(tl.int64)  # N*H*W*C may pass 2**31
+    last = tl.minimum(h0 + rows, H)  # the first row that is another strip's
+
+    offs_q = tl.arange(0, COLUMNS)
+    offs_j = tl.arange(0, BLOCK_J)
+    offs_c = tl.arange(0, BLOCK_C)
+    t = offs_j // BLOCK_K
+    k = offs_j % BLOCK_K
+    mask_j = (t < 3) & (k < K)
+    mask_c = offs_c < C
+    offs_t = tl.arange(0, 4)[None, :, None]
+    offs_k = tl.arange(0, BLOCK_K)[None, None, :]
+    mask_k = offs_k < K
+
+    mean, scale, shift = 0.0, 0.0, 0.0
+    mean_r, scale_r, shift_r = 0.0, 0.0, 0.0
+    mean_y, a, b, d = 0.0, 0.0, 0.0, 0.0
+    if NORM:
+        mean, scale, shift = load_norm(norm_ptr, offs_c, mask_c, C)
+    if RESIDUAL_NORM:
+        mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, offs_c, mask_c, C)
+        shift += shift_r
+    if COEF:
+        mean_y, a, b, d = load_coefficients(coef_ptr, offs_k, mask_k, K)
+
+    offs_w = (k * 9 + 2 - t)[:, None] * C + offs_c[None, :]
+    mask_w = mask_j[:, None] & mask_c[None, :]
+    w0 = tl.load(w_ptr + offs_w, mask=mask_w, other=0.0)
+    w1 = tl.load(w_ptr + 3 * C + offs_w, mask=mask_w, other=0.0)
+    w2 = tl.load(w_ptr + 6 * C + offs_w, mask=mask_w, other=0.0)
+    if WIDEN:
+        w0 = w0.to(tl.float32)
+        w1 = w1.to(tl.float32)
+        w2 = w2.to(tl.float32)
+
+    # Row p of dy is a row behind that of x, and a row before that which it finishes.
+    base = (n * H + h0) * W + q0
+    base_dy = (base - W - 1) * K
+    g_ptr += base_dy
+    if COEF:
+        y_ptr += base_dy
+    x_ptr += base * C
+    if RESIDUAL:
+        residual_ptr += base * C
+    base_done = (base - 2 * W) * C
+    if add_ptr is not None:
+        add_ptr += base_done
+    gradient_ptr += base_done
+
+    # Windows are loaded as [pixel, t, k], so that a mask is one bit for all k.
+    w = q0 - 1 + offs_q[:, None, None] + offs_t
+    # A column beyond the image may not see dy: its z is 0, and Inf * 0 would be NaN.
+    mask_q = q0 + offs_q < W
+    mask_window = (w >= 0) & (w < W) & (offs_t < 3) & mask_q[:, None, None]
+    edge = (q0 == 0) | (q0 + COLUMNS >= W)
+    offs_dy = (offs_q[:, None, None] + offs_t) * K + offs_k
+    mask_tile = mask_q[:, None] & mask_c[None, :]
+    offs_x = offs_q[:, None] * C + offs_c[None, :]
+
+    acc1 = tl.zeros((COLUMNS, BLOCK_C), dtype=tl.float32)  # a row of dz that has met r = 2
+    acc2 = tl.zeros((COLUMNS, BLOCK_C), dtype=tl.float32)  # the row above it, also r = 1
+    dw0 = tl.zeros((BLOCK_J, BLOCK_C), dtype=tl.float32)
+    dw1 = tl.zeros((BLOCK_J, BLOCK_C), dtype=tl.float32)
+    dw2 = tl.zeros((BLOCK_J, BLOCK_C), dtype=tl.float32)
+    db = tl.zeros((BLOCK_J,), dtype=tl.float32)
+    sum_g = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    sum_x = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    sum_r = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    z1 = tl.zeros((COLUMNS, BLOCK_C), dtype=TYPE)
+    z2 = tl.zeros((COLUMNS, BLOCK_C), dtype=TYPE)
+    for h in range(h0, h0 + rows + 2):  # the row of x; the last two are another strip's
+        p = h - 1
+        mask_dy = mask_window & (p >= 0) & (p < H)
+        if BLOCK_K != K:
+            mask_dy = mask_dy & mask_k
+        dy = tl.load(g_ptr + offs_dy, mask=mask_dy, other=0.0)
+        if COEF:
+            y = tl.load(y_ptr + offs_dy, mask=mask_dy, other=0.0).to(tl.float32)
+            dy = (a * dy.to(tl.float32) + (b * (y - mean_y) + d)).to(TYPE)
+            if edge | (p < 0) | (p >= H):  # a select for each value, which inner tiles save
+                dy = tl.where(mask_dy, dy, 0.0)
+        dy = tl.reshape(dy, (COLUMNS, BLOCK_J))
+        mask_x = mask_tile & (h < last)
+        x0 = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
+        r0 = x0
+        if RESIDUAL:
+            r0 = tl.load(residual_ptr + offs_x, mask=mask_x, other=0.0)
+        if PLAIN:
+            z0 = x0
+        else:
+            z0 = _preactivation(
+                x0, r0, mean, scale, shift, mean_r, scale_r,
+                NORM, RESIDUAL, RESIDUAL_NORM,
+            )  # fmt: skip
+            z0 = tl.where(mask_x, activate(z0, ACT, SLOPE), 0.0).to(TYPE)
+
+        if db_ptr is not None:
+            db += tl.where((p >= h0) & (p < last), tl.sum(dy.to(tl.float32), 0), 0.0)
+        if WIDEN:
+            dy = dy.to(tl.float32)
+        turned = tl.trans(dy)
+        dw2 = tl.dot(turned, z0.to(dy.dtype), dw2, input_precision=PRECISION)
+        dw1 = tl.dot(turned, z1.to(dy.dtype), dw1, input_precision=PRECISION)
+        dw0 = tl.dot(turned, z2.to(dy.dtype), dw0, input_precision=PRECISION)
+        dz = tl.dot(dy, w0, acc2, input_precision=PRECISION)
+        acc2 = tl.dot(dy, w1, acc1, input_precision=PRECISION)
+        acc1 = tl.dot(dy, w2, input_precision=PRECISION)
+
+        # Row h - 2 is finished; in the first two steps it is the strip's above.
+        mask = mask_tile & (h >= h0 + 2) & (h - 2 < last)
+        if add_ptr is not None:
+            dz += tl.load(add_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + (offs_x - 2 * W * C), mask=mask, other=0.0)
+        r2 = x2
+        if RESIDUAL:
+            r2 = tl.load(residual_ptr + (offs_x - 2 * W * C), mask=mask, other=0.0)
+        if ACT != "none":
+            pre = _preactivation(
+                x2, r2, mean, scale, shift, mean_r, scale_r,
+                NORM, RESIDUAL, RESIDUAL_NORM,
+            )  # fmt: skip
+            dz = activate_backward(dz, pre, ACT, SLOPE)
+        gradient = dz.to(TYPE)
+        tl.store(gradient_ptr + offs_x, gradient, mask=mask)
+        if sums_ptr is not None:
+            stored = tl.where(mask, gradient.to(tl.float32), 0.0)
+            sum_g += tl.sum(stored, 0)
+            sum_x += tl.sum(stored * (x2.to(tl.float32) - mean), 0)
+            if RESIDUAL:
+                sum_r += tl.sum(stored * (r2.to(tl.float32) - mean_r), 0)
+
+        # The selects change nothing, for rows are 0 off the tile already. But triton pipelines no
+        # loop that hands a value on from step to step untouched.
+        z2 = tl.where(mask_tile, z1, 0.0)
+        z1 = z0
+        g_ptr += W * K
+        if COEF:
+            y_ptr += W * K
+        x_ptr += W * C
+        if RESIDUAL:
+            residual_ptr += W * C
+        if add_ptr is not None:
+            add_ptr += W * C
+        gradient_ptr += W * C
+
+    part = pid.to(tl.int64)
+    dw_ptr += part * (K * 9 * C)
+    tl.store(dw_ptr + offs_w, dw0, mask=mask_w)
+    tl.store(dw_ptr + 3 * C + offs_w, dw1, mask=mask_w)
+    tl.store(dw_ptr + 6 * C + offs_w, dw2, mask=mask_w)
+    if db_ptr is not None:
+        tl.store(db_ptr + part * K + k, db, mask=mask_j & (t == 1))  # a window's middle: its pixel
+    if sums_ptr is not None:
+        sums_ptr += part * (3 * C) + offs_c
+        tl.store(sums_ptr, sum_g, mask=mask_c)
+        tl.store(sums_ptr + C, sum_x, mask=mask_c)
+        tl.store(sums_ptr + 2 * C, sum_r, mask=mask_c)
+
+
+@autotune(PIXELS_CONFIGS, key=["C", "K", "PRECISION", "ACT"])
+@triton.jit
+def conv2d_backward_pixels_kernel(
+    g_ptr, y_ptr, coef_ptr,  # [M, K], as g or None, [4, K] or None
+    w_ptr,  # [K, C]
+    x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,  # [M, C], [4, C] or None, both or None
+    add_ptr, gradient_ptr,  # [M, C] or None, [M, C]
+    sums_ptr, dw_ptr, db_ptr,  # parts: [T, 3, C] or None, [T, K, C], [T, K] or None, float32
+    M, pixels,  # M = N*H*W, and a program's, a multiple of 128
+    C: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,  # as above
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of consecutive pixels, and their part of every sum."""
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    TILE: tl.constexpr = tile_pixels(VALUES, C, K, TYPE.primitive_bitwidth)
+    BLOCK_K: tl.constexpr = fit(64, K)
+    BLOCK_C: tl.constexpr = fit(64, C)
+    NORM: tl.constexpr = norm_ptr is not None
+    RESIDUAL: tl.constexpr = residual_ptr is not None
+    RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
+    COEF: tl.constexpr = coef_ptr is not None
+    PLAIN: tl.constexpr = not NORM and not RESIDUAL and ACT == "none"
+
+    pid = tl.program_id(0).to(tl.int64)  # M*C may pass 2**31
+    first = pid * pixels
+    count = tl.minimum(M - first, pixels).to(tl.int32)
+    g_ptr += first * K
+    if COEF:
+        y_ptr += first * K
+    x_ptr += first * C
+    if RESIDUAL:
+        residual_ptr += first * C
+    if add_ptr is not None:
+        add_ptr += first * C
+    gradient_ptr += first * C
+
+    offs_m = tl.arange(0, TILE)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_k = offs_k < K
+    mask_c = offs_c < C
+
+    mean, scale, shift = 0.0, 0.0, 0.0
+    mean_r, scale_r, shift_r = 0.0, 0.0, 0.0
+    mean_y, a, b, d = 0.0, 0.0, 0.0, 0.0
+    if NORM:
+        mean, scale, shift = load_norm(norm_ptr, offs_c, mask_c, C)
+    if RESIDUAL_NORM:
+        mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, offs_c, mask_c, C)
+        shift += shift_r
+    if COEF:
+        mean_y, a, b, d = load_coefficients(coef_ptr, offs_k, mask_k, K)
+
+    offs_w = offs_k[:, None] * C + offs_c[None, :]
+    mask_w = mask_k[:, None] & mask_c[None, :]
+    w = tl.load(w_ptr + offs_w, mask=mask_w, other=0.0)
+    if WIDEN:
+        w = w.to(tl.float32)
+
+    dw = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+    db = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    sum_g = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    sum_x = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    sum_r = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for m0 in range(0, count, TILE):
+        offs = m0 + offs_m
+        mask_m = offs < count
+        mask_dy = mask_m[:, None] & mask_k[None, :]
+        dy = load_dy(
+            g_ptr, y_ptr, offs[:, None] * K + offs_k[None, :], mask_dy, mean_y, a, b, d, COEF
+        )
+        offs_x = offs[:, None] * C + offs_c[None, :]
+        mask_x = mask_m[:, None] & mask_c[None, :]
+        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
+        residual = x
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + offs_x, mask=mask_x, other=0.0)
+        pre = _preactivation(
+            x, residual, mean, scale, shift, mean_r, scale_r,
+            NORM, RESIDUAL, RESIDUAL_NORM,
+        )  # fmt: skip
+        z = x if PLAIN else tl.where(mask_x, activate(pre, ACT, SLOPE), 0.0).to(TYPE)
+
+        if db_ptr is not None:
+            db += tl.sum(dy.to(tl.float32), 0)
+        if WIDEN:
+            dy = dy.to(tl.float32)
+        dw = tl.dot(tl.trans(dy), z.to(dy.dtype), dw, input_precision=PRECISION)
+        dz = tl.dot(dy, w, input_precision=PRECISION)
+
+        if add_ptr is not None:
+            dz += tl.load(add_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+        gradient = activate_backward(dz, pre, ACT, SLOPE).to(TYPE)
+        tl.store(gradient_ptr + offs_x, gradient, mask=mask_x)
+        if sums_ptr is not None:
+            stored = tl.where(mask_x, gradient.to(tl.float32), 0.0)
+            sum_g += tl.sum(stored, 0)
+            sum_x += tl.sum(stored * (x.to(tl.float32) - mean), 0)
+            if RESIDUAL:
+                sum_r += tl.sum(stored * (residual.to(tl.float32) - mean_r), 0)
+
+    dw_ptr += pid * (K * C)
+    tl.store(dw_ptr + offs_w, dw, mask=mask_w)
+    if db_ptr is not None:
+        tl.store(db_ptr + pid * K + offs_k, db, mask=mask_k)
+    if sums_ptr is not None:
+        sums_ptr += pid * (3 * C) + offs_c
+        tl.store(sums_ptr, sum_g, mask=mask_c)
+        tl.store(sums_ptr + C, sum_x, mask=mask_c)
+        tl.store(sums_ptr + 2 * C, sum_r, mask=mask_c)
+
+
+def conv2d_backward_fits(C: int, K: int, R: int, S: int, itemsize: int) -> bool:
+    """Return whether a program's registers hold the sums of these channels and taps."""
+    most = {(1, 1): 64, (3, 3): 32}.get((R, S), 0)
+    return max(C, K) * itemsize <= 2 * most
+
+
+def conv2d_backward_programs(
+    N: int, H: int, W: int, C: int, K: int, R: int, itemsize: int, VALUES: int
+) -> int:
+    """Return how many programs share N x H x W pixels, in the configuration of these VALUES."""
+    if R == 1:
+        return triton.cdiv(N * H * W, range_pixels(N * H * W))
+    columns = tile_pixels(VALUES, C, K, 8 * itemsize)
+    return N * triton.cdiv(H, strip_rows(N, H, W)) * triton.cdiv(W, columns)
+
+
+def conv2d_backward_bytes(
+    N: int, H: int, W: int, C: int, K: int, R: int, itemsize: int, dy: int, z: int, others: int
+) -> int:
+    """Return what one pass moves, in bytes.
+
+    dy is 1 where dy is g, 2 where y takes part; z is 1, and 2 with a residual; others counts the
+    gradient and what is added to it.
+    """
+    kernel = conv2d_backward_pixels_kernel if R == 1 else conv2d_backward_rows_kernel
+    config = kernel.every_config[0].kwargs
+    programs = conv2d_backward_programs(N, H, W, C, K, R, itemsize, **config)
+    twice = 1 if R == 1 else 1 + 2 / strip_rows(N, H, W)  # a strip's neighbours' rows
+    images = N * H * W * itemsize * (dy * K * twice + (z + others) * C)
+    return int(images) + 8 * programs * R * R * C * K  # a part is written and read
+
+
+def two_pass_bytes(
+    N: int, H: int, W: int, C: int, K: int, R: int, itemsize: int, dy: int, z: int, others: int,
+    unread: bool,
+) -> int:  # fmt: skip
+    """Return what dgrad and wgrad one after the other move at least, in bytes; as above.
+
+    unread says that dgrad has no use for z.
+    """
+    config = WGRAD_CONFIGS[0].kwargs
+    blocks = conv2d_wgrad_blocks(C, K, R, R, 1, config["MAX_J"], config["MAX_K"])
+    images = N * H * W * itemsize * (2 * dy * K + ((1 if unread else 2) * z + others) * C)
+    return images + 8 * conv2d_wgrad_splits(N * H * W, blocks) * R * R * C * K
+
+
+def conv2d_backward_variant(
+    dtype: str,
+    C: int,
+    K: int,
+    R: int,
+    *,
+    norm: bool = False,
+    residual: bool = False,
+    coef: bool = False,
+    act: str = "none",
+    add: bool = False,
+    sums: bool = False,
+    bias: bool = False,
+    precision: str = "ieee",
+    config: triton.Config | None = None,
+) -> Variant:
+    """Return both gradients of an R x R convolution, R = 1 or 3, to compile ahead of time.
+
+    dtype is "fp32", "fp16" or "bf16"; norm, residual (with a norm of its own), coef and add say
+    what takes part. The configuration is the kernel's first, unless another is given.
+    """
+    kernel = conv2d_backward_rows_kernel if R == 3 else conv2d_backward_pixels_kernel
+    present = {
+        "g_ptr": dtype,
+        "y_ptr": dtype if coef else None,
+        "coef_ptr": "fp32" if coef else None,
+        "w_ptr": dtype,
+        "x_ptr": dtype,
+        "norm_ptr": "fp32" if norm else None,
+        "residual_ptr": dtype if residual else None,
+        "residual_norm_ptr": "fp32" if residual else None,
+        "add_ptr": dtype if add else None,
+        "gradient_ptr": dtype,
+        "sums_ptr": "fp32" if sums else None,
+        "dw_ptr": "fp32",
+        "db_ptr": "fp32" if bias else None,
+    }
+    signature = {name: f"*{type_}" for name, type_ in present.items() if type_}
+    signature |= {name: "i32" for name in (("H", "W", "rows") if R == 3 else ("M", "pixels"))}
+    constexprs = {name: None for name, type_ in present.items() if not type_}
+    constexprs |= {"C": C, "K": K, "ACT": act, "SLOPE": 0.01}
+    constexprs |= {"PRECISION": precision, "WIDEN": False}
+    return Variant(kernel, signature, constexprs, config or kernel.every_config[0])
