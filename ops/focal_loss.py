@@ -22,6 +22,7 @@ from .focal_blocks import (
     logits_index,
     pixel_blocks,
 )
+from .geometry import want
 from .pixels import Pixels, pixels_of
 
 Reduction = Literal["none", "mean", "sum", "weighted_mean"]
@@ -224,12 +225,6 @@ def focal_options(
 def check_reduction(reduction: str, known: Sequence[str]) -> None:
     """Raise ValueError for an unknown reduction."""
     want(reduction in known, "reduction", f"one of {', '.join(known)}", repr(reduction))
-
-
-def want(holds: bool, argument: str, wanted: str, given: object) -> None:
-    """Raise ValueError unless it holds."""
-    if not holds:
-        raise ValueError(f"{argument}: want {wanted}, got {given}")
 
 
 def _factors(name: str, given: Factors | None, logits: torch.Tensor, C: int) -> torch.Tensor | None:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from .autograd import first_order
 from .focal_blocks import BLOCK_ELEMENTS, accumulator_dtype, slices
-from .focal_loss import check_reduction, want
+from .focal_loss import check_reduction
+from .geometry import want
 from .pixels import pixels_of
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -207,7 +208,8 @@ def _terms(inputs, targets):
     x = inputs.to(accumulator_dtype(inputs))
     t = targets.to(x.dtype)
     p, r = x.sigmoid(), (-x).sigmoid()
-    ce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    # Not torch's binary_cross_entropy_with_logits, which loses digits where x is far below 0.
+    ce = torch.where(x < 0, 0, x) - x * t + torch.log1p(torch.exp(-x.abs()))
     return x, t, p, r, p * (1 - t) + r * t, ce
 
 

@@ -607,8 +607,9 @@ class Allocations(TorchDispatchMode):
         from torch._library.custom_ops import OPDEFS
 
         kwargs = kwargs or {}
-        if func.namespace == "fullres":  # what its device path allocates, not what it returns alone
-            return OPDEFS[func._schema.name]._backend_fns["cuda"](*args, **kwargs)
+        if func.namespace == "fullres":
+            with self:  # what the device path allocates counts too
+                return OPDEFS[func._schema.name]._backend_fns["cuda"](*args, **kwargs)
         out = func(*args, **kwargs)
         if torch.is_tensor(out) and not func.is_view and not func._schema.is_mutable:
             self.made.append((str(func), out.numel() * out.itemsize))
@@ -618,9 +619,10 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "none"])
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
 def test_nothing_of_the_images_size_is_made_but_outputs_and_gradients(last, reduction):
-    """The parts of the sums are 24 bytes a program, of which there is one for 1,024 pixels."""
+    """The parts of the sums are 24 bytes a program, and a 64th of that for the tree's next level."""
     pytest.importorskip("triton")
     from fullres.kernels import launches
+    from fullres.kernels.focal_loss import programs
 
     def stand_in(argument):
         if torch.is_tensor(argument):
@@ -641,9 +643,9 @@ def test_nothing_of_the_images_size_is_made_but_outputs_and_gradients(last, redu
         fresh.made.clear()
         (gradient,) = torch.autograd.grad(loss, logits, upstream)
     outputs = 4 * pixels if reduction == "none" else 0
-    slack = pixels // 500  # parts, and what is a few numbers
-    assert sum(size for _, size in forward) <= outputs + slack
-    assert sum(size for _, size in fresh.made) <= 6 * pixels + slack
+    slack = 24 * programs(pixels) * 65 // 64 + 256
+    assert outputs <= sum(size for _, size in forward) <= outputs + slack
+    assert 6 * pixels <= sum(size for _, size in fresh.made) <= 6 * pixels + slack
     assert gradient.stride() == logits.stride()
     assert {launch.kernel.split(":")[1] for launch in made} >= {
         "softmax_focal_loss_kernel",

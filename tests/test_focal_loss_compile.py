@@ -8,6 +8,8 @@ import triton
 
 from fullres.kernels import aot
 from fullres.kernels.focal_loss import CONFIGS, softmax_focal_loss_variant
+from fullres.kernels.linear_focal_loss import CONFIGS as LINEAR_CONFIGS
+from fullres.kernels.linear_focal_loss import linear_focal_loss_variant
 from fullres.kernels.sigmoid_focal_loss import sigmoid_focal_loss_variant
 
 pytestmark = pytest.mark.skipif(
@@ -85,4 +87,27 @@ def test_sigmoid_focal_loss_fits_and_reads_in_vectors(dtype, backward, target):
     assert_fits(report)
     assert report.loads - report.loads_16 <= 1  # the scalar above
     if backward:
+        assert report.stores_16 > 0
+
+
+LINEAR = {"norm": True, "act": "leaky_relu"}
+LINEAR_CASES = {  # name: F, C, options
+    "forward": (16, 3, {"config": LINEAR_CONFIGS[1], "by_class": True, "bins": 16, **LINEAR}),
+    "backward": (16, 3, {"backward": True, "config": LINEAR_CONFIGS[1], **LINEAR}),
+    "first-backward": (16, 3, {"backward": True, **LINEAR}),
+    "wide-backward": (256, 3, {"backward": True, **LINEAR}),
+    "square-backward": (64, 64, {"backward": True, **LINEAR}),
+}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_linear_focal_loss_fits_and_uses_the_device(case, target):
+    F, C, options = LINEAR_CASES[case]
+    if options.get("backward") and target == "gfx942":
+        options = options | {"products": "ieee"}  # as the op asks for on AMD
+    report = aot.report(linear_focal_loss_variant("bf16", F, C, **options), target)
+    assert_fits(report)
+    assert report.wgmma or report.mma_sync or report.mfma
+    if options.get("backward") and target != "gfx942":
         assert report.stores_16 > 0
