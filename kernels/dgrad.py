@@ -5,7 +5,7 @@
                      k of the group of c,   dy = 0 outside its image;
     g[n, h, w, c]  = act'(pre) * (dz + add)
 
-A transposed convolution is the same sum, without the second line. dy is made of the stored gradient
+A transposed convolution is the sum alone, plus a bias for each c. dy is made of the stored gradient
 and output while they are loaded, by the coefficients of batch normalisation's backward, and rounded
 to its type before the product; pre = norm(x) + residual_norm(residual) is made again in the
 epilogue; kernels/fuse.py has both. g is rounded once, and what batch normalisation's backward needs
@@ -134,11 +134,14 @@ def _first_tap(phase, STRIDE: tl.constexpr, DIL: tl.constexpr, TAPS: tl.constexp
 
 @triton.jit
 def _finish(
-    acc, offs, mask, c, mask_c, g_ptr, add_ptr, x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,
+    acc, offs, mask, c, mask_c,
+    g_ptr, bias_ptr, add_ptr, x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,
     C: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Store act'(pre) * (acc + add) at offs, channels c, rounded; return what its sums add up."""
+    """Store act'(pre) * (acc + bias + add) at offs, rounded; return what its sums add up."""
     # Norms are loaded here, for each tile: to keep them would take registers from the product.
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(tl.float32)
     if add_ptr is not None:
         acc += tl.load(add_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if SUMS or ACT != "none":
@@ -188,7 +191,7 @@ def _store_sums(
 def conv2d_dgrad_kernel(
     dy_ptr, y_ptr, coef_ptr,  # [N, P, Q, K], as dy or None, [4, K] or None
     w_ptr,  # [R, STEP_W, GROUPS, CG, J]
-    g_ptr, add_ptr,  # [N, H, W, C], as g or None
+    g_ptr, bias_ptr, add_ptr,  # [N, H, W, C], [C] or None, as g or None
     x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,  # as g, [4, C]; each or None
     parts_ptr,  # [strips * STRIDE_H * STRIDE_W, 3, C] float32, or None
     N, H, W, P, Q, strips,
@@ -313,7 +316,7 @@ def conv2d_dgrad_kernel(
         mask_g = ((h >= 0) & (h < H))[:, None] & (w >= 0) & (w < W) & mask_n[None, :]
         base_g = ((n * H + h0) * W + w0) * C
         g, gx, gr = _finish(
-            acc, offs_g, mask_g, c, mask_n, g_ptr + base_g,
+            acc, offs_g, mask_g, c, mask_n, g_ptr + base_g, bias_ptr,
             add_ptr + base_g if add_ptr is not None else None,
             x_ptr + base_g if x_ptr is not None else None, norm_ptr,
             residual_ptr + base_g if RESIDUAL else None, residual_norm_ptr, C, ACT, SLOPE, SUMS,
@@ -333,7 +336,7 @@ def conv2d_dgrad_kernel(
 def conv2d_dgrad_depthwise_kernel(
     dy_ptr, y_ptr, coef_ptr,  # as above; GROUPS = C
     w_ptr,  # [R, S, K]
-    g_ptr, add_ptr, x_ptr, norm_ptr, residual_ptr, residual_norm_ptr, parts_ptr,
+    g_ptr, bias_ptr, add_ptr, x_ptr, norm_ptr, residual_ptr, residual_norm_ptr, parts_ptr,
     N, H, W, P, Q, strips,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -421,7 +424,7 @@ def conv2d_dgrad_depthwise_kernel(
         mask_g = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & mask_n[None, :]
         base_g = ((n * H + h0) * W + w0) * C
         g, gx, gr = _finish(
-            acc, offs_g, mask_g, c, mask_n, g_ptr + base_g,
+            acc, offs_g, mask_g, c, mask_n, g_ptr + base_g, bias_ptr,
             add_ptr + base_g if add_ptr is not None else None,
             x_ptr + base_g if x_ptr is not None else None, norm_ptr,
             residual_ptr + base_g if RESIDUAL else None, residual_norm_ptr, C, ACT, SLOPE, SUMS,
@@ -448,6 +451,7 @@ def conv2d_dgrad_variant(
     coef: bool = False,
     norm: bool = False,
     residual: bool = False,
+    bias: bool = False,
     add: bool = False,
     act: str = "none",
     sums: bool = False,
@@ -457,8 +461,8 @@ def conv2d_dgrad_variant(
 ) -> Variant:
     """Return the input gradient of an R x R convolution, to compile ahead of time.
 
-    dtype is "fp32", "fp16" or "bf16"; coef, norm, residual (with a norm of its own) and add say
-    what takes part. A configuration of DEPTHWISE_CONFIGS asks for that kernel.
+    dtype is "fp32", "fp16" or "bf16"; coef, norm, residual (with a norm of its own), bias and add
+    say what takes part. A configuration of DEPTHWISE_CONFIGS asks for that kernel.
     """
     kernel = conv2d_dgrad_kernel
     if config in DEPTHWISE_CONFIGS:
@@ -469,6 +473,7 @@ def conv2d_dgrad_variant(
         "coef_ptr": "fp32" if coef else None,
         "w_ptr": dtype,
         "g_ptr": dtype,
+        "bias_ptr": dtype if bias else None,
         "add_ptr": dtype if add else None,
         "x_ptr": dtype if sums or act != "none" else None,
         "norm_ptr": "fp32" if norm else None,

@@ -16,6 +16,7 @@ from .fuse import (
 )
 from .geometry import (
     Geometry,
+    as_image,
     check_geometry,
     check_like,
     check_prologue,
@@ -164,13 +165,13 @@ def conv2d_dgrad_triton(
     )  # fmt: skip
     apart = implementation(shape, g.device) == "cudnn"
     if not apart and resample == "none":
-        return _launch(g, y, coef, weight, p, x is None, add, geometry, sums)
+        return launch(g, y, coef, weight, p, x is None, add, geometry, sums)
 
     plain = Prologue(g.new_empty(()).expand(N, C, *resampled_size(H, W, resample)))
     if apart:
         dz = _by_torch(g, y, coef, weight, plain.x, geometry)
     else:
-        dz, _ = _launch(g, y, coef, weight, plain, True, None, geometry, False)
+        dz, _ = launch(g, y, coef, weight, plain, True, None, geometry, False)
     if x is None:
         return dz if add is None else dz.add_(add), g.new_empty(0, dtype=torch.float32)
     return prologue_backward_triton(
@@ -193,12 +194,10 @@ def _by_torch(
             dy, z, dense(weight), None, geometry.stride, geometry.padding, geometry.dilation,
             False, [0, 0], geometry.groups, [True, False, False],
         )[0]  # fmt: skip
-    _, C, H, W = z.shape
-    rows = dz.stride() == (H * W * C, 1, W * C, C)  # torch may choose others where a size is 1
-    return dz if rows else empty_image(g, z.shape).copy_(dz)
+    return as_image(dz)
 
 
-def _launch(
+def launch(
     g: torch.Tensor,
     y: torch.Tensor | None,
     coef: torch.Tensor | None,
@@ -208,8 +207,13 @@ def _launch(
     add: torch.Tensor | None,
     geometry: Geometry,
     sums: bool,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return conv2d_dgrad by our kernels, of an image that is not resampled."""
+    """Return conv2d_dgrad by our kernels, of an image that is not resampled, plus bias [C].
+
+    `plain` says that only the shape of p's image counts. What g covers is g's own to say: pixels
+    that it has no rows for are met by no tap.
+    """
     from ..kernels import dgrad as kernels  # here: importing ops must not need triton
     from ..kernels._tune import interpreting
 
@@ -231,8 +235,8 @@ def _launch(
     arguments = (
         dense(g), dense(y), _table(coef),
         _taps(weight) if depthwise else _windows(weight, stride[1], dilation[1], groups),
-        result, dense(add), dense(x), _table(norm), dense(residual), _table(residual_norm), parts,
-        N, H, W, P, Q, strips,
+        result, _table(bias), dense(add), dense(x), _table(norm), dense(residual),
+        _table(residual_norm), parts, N, H, W, P, Q, strips,
     )  # fmt: skip
     constants = {
         "C": C, "K": K, "R": R, "S": S, "STRIDE_H": stride[0], "STRIDE_W": stride[1],

@@ -121,3 +121,9 @@ def empty_image(like: torch.Tensor, shape: Sequence[int] | None = None) -> torch
         list(like.shape if shape is None else shape),
         dtype=like.dtype, device=like.device, memory_format=torch.channels_last,
     )  # fmt: skip
+
+
+def as_image(x: torch.Tensor) -> torch.Tensor:
+    """Return x laid out as `empty_image`, also along axes of size 1: itself, or a copy."""
+    _, C, H, W = x.shape
+    return x if x.stride() == (H * W * C, 1, W * C, C) else empty_image(x).copy_(x)

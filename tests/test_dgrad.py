@@ -197,7 +197,7 @@ def assert_close(results, arguments, unit=None, apart=False):
     allowed = (
         gain * prologue_backward_reference(flat, error)
         + 2 * step * want.abs()
-        + torch.finfo(dtype).tiny
+        + step * torch.finfo(dtype).tiny  # the last digit of the smallest numbers
     )
     if act == "silu" or resample != "none" or add is not None:
         whole = prologue_backward_reference(flat, dz.abs()) + (
@@ -435,7 +435,7 @@ geometry = st.builds(
 ).map(lambda c: replace(c, C=c.C * c.groups, K=c.K * c.groups))  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(geometry.filter(lambda c: min(*c.output, *c.height_width) > 0))
 def test_kernel_agrees_at_any_geometry(case):
     pytest.importorskip("triton")
@@ -466,7 +466,7 @@ def test_torchs_convolution_takes_the_product_where_dispatch_says_so(
     given = arguments(CASES[case], dtype, rng)
     with (
         dispatch.prefer("cudnn"),
-        patch("fullres.ops.conv_dgrad._launch", side_effect=AssertionError("our kernel ran")),
+        patch("fullres.ops.conv_dgrad.launch", side_effect=AssertionError("our kernel ran")),
     ):
         results = conv2d_dgrad_triton(*given)
     for got, want in zip(results, conv2d_dgrad(*given), strict=True):
