@@ -16,8 +16,10 @@ def first_order(backward: Callable) -> Callable:
     @wraps(backward)
     def checked(ctx, *gradients):
         if torch.is_grad_enabled():  # only create_graph=True runs a backward so
+            # torch's own name for what a custom op registers begins with the prefix.
+            name = type(ctx).__name__.removeprefix("GeneratedBackwardFor").removesuffix("Backward")
             raise RuntimeError(
-                f"{type(ctx).__name__.removesuffix('Backward').lstrip('_')} has no second "
+                f"{name.lstrip('_')} has no second "
                 "derivatives: backward and grad must run with create_graph=False"
             )
         return backward(ctx, *gradients)

@@ -1,160 +1,158 @@
-"""Two-dimensional convolution, stride 1, of channels_last images: torch's arguments and meaning."""
+"""Two-dimensional convolution of channels_last images: torch's arguments and meaning."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TILE_ROWS = 16  # more rows than any kernel configuration's tile and filter touch at once
+from .autograd import first_order
+from .conv_dgrad import conv2d_dgrad
+from .conv_fwd import conv2d_fwd, conv2d_fwd_triton
+from .conv_wgrad import conv2d_wgrad
+from .geometry import want
+
+_INTEGERS = (int, torch.SymInt)
 
 
 def conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    *,
-    padding: int | Literal["same", "valid"] = 0,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
 ) -> torch.Tensor:
-    """Return x convolved with weight, as torch.nn.functional.conv2d does at stride 1.
+    """Return x convolved with weight, as torch.nn.functional.conv2d does.
 
-    The sum over taps and channels is taken in float32 and rounded once. float32 on a GPU is
-    multiplied in IEEE arithmetic, or in TF32 where torch allows it for convolutions *and* for
-    matrix products: `torch.backends.cudnn.allow_tf32`, which is on by default, and
-    `torch.set_float32_matmul_precision("high")` or "medium", which is not. Under autocast the
-    arguments are cast as torch's convolution casts them. On a GPU the Triton kernel runs, on the
-    CPU `conv2d_reference`.
+    Sums over taps and channels, and in backward over pixels, are taken in float32 and rounded once.
+    float32 on a GPU is multiplied in IEEE arithmetic, or in TF32 where torch allows it for
+    convolutions *and* for matrix products: `torch.backends.cudnn.allow_tf32`, which is on by
+    default, and `torch.set_float32_matmul_precision("high")` or "medium", which is not. Under
+    autocast the arguments are cast as torch's convolution casts them.
 
     Saved for backward: x, if weight asks for a gradient, and weight, if x does; nothing else, and
-    nothing copied. Backward is torch's own convolution backward for now.
+    nothing copied. There are no second derivatives: backward raises under create_graph=True.
 
     Args:
-        x: [N, C, H, W], any N, also 0; float32, float16 or bfloat16, on the CPU also float64.
-            Kept in channels_last; another layout is accepted and costs a copy in each pass.
-        weight: [K, C, R, S] with R = S in {1, 3}, of x's dtype and device. Best in channels_last
-            too (`module.to(memory_format=torch.channels_last)`), else a copy of it is made.
+        x: [N, C, H, W], any N, also 0, or [C, H, W]; float32, float16 or bfloat16, on the CPU also
+            float64. Kept in channels_last; another layout is accepted and costs a copy in each
+            pass.
+        weight: [K, C / groups, R, S], of x's dtype and device. Best in channels_last too
+            (`module.to(memory_format=torch.channels_last)`), else a copy of it is made.
         bias: [K], of x's dtype and device, or None.
-        padding: rows and columns of zeros on each side; "same" is R // 2, "valid" is 0.
+        stride: of rows and columns, one number or two.
+        padding: rows and columns of zeros on each side, one number or two; "valid" is none, "same"
+            as many as keep the size at stride 1, the odd one of an even filter below and right.
+        dilation: of rows and columns, one number or two.
+        groups: a divisor of C and of K.
 
     Returns:
-        [N, K, P, Q] in channels_last, of x's dtype; P = H + 2 * padding - R + 1, and Q likewise.
+        [N, K, P, Q] in channels_last, or [K, P, Q]; of x's dtype.
 
     Raises:
-        ValueError: for any other shape, dtype, device or padding.
+        ValueError: for any other shape, dtype, device or number.
+        RuntimeError: in backward under create_graph=True.
     """
-    if padding in ("same", "valid"):
-        padding = weight.shape[-1] // 2 if padding == "same" else 0
-    if not isinstance(padding, int | torch.SymInt) or isinstance(padding, bool):
-        raise ValueError(f'padding: want an int, "same" or "valid", got {padding!r}')
+    want(x.dim() in (3, 4), "x", "[N, C, H, W] or [C, H, W]", list(x.shape))
+    want(weight.dim() == 4, "weight", "[K, C / groups, R, S]", list(weight.shape))
+    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
     x, weight, bias = _autocast(x, weight, bias)
-    return _conv2d(x, weight, bias, padding)
-
-
-def conv2d_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int
-) -> torch.Tensor:
-    """Return what conv2d means, in plain torch: sums in at least float32, rounded once.
-
-    Shapes, dtypes and layout of the result are those of `conv2d`; any device.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype decides, as on a GPU
-        b = None if bias is None else bias.to(wide)
-        y = F.conv2d(x.to(wide), weight.to(wide), b, padding=padding)
-    return _empty_output(x, weight, padding).copy_(y)
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    if padding == "same":
+        want(stride == [1, 1], "stride", '1 where padding is "same"', stride)
+        total = [d * (taps - 1) for d, taps in zip(dilation, weight.shape[2:], strict=True)]
+        padding, odd = [t // 2 for t in total], [t % 2 for t in total]
+        if any(odd):
+            images = F.pad(images, (0, odd[1], 0, odd[0]))
+    padding = [0, 0] if padding == "valid" else _pair(padding, "padding")
+    y = _conv2d(images, weight, bias, stride, padding, dilation, groups)
+    return y if x.dim() == 4 else y.squeeze(0)
 
 
 @torch.library.custom_op("fullres::conv2d", mutates_args=(), device_types="cpu")
 def _conv2d(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> torch.Tensor:
-    _check(x, weight, bias, padding)
-    return conv2d_reference(x, weight, bias, padding)
+    return _plain(conv2d_fwd, x, weight, bias, stride, padding, dilation, groups)
 
 
 @_conv2d.register_kernel("cuda")
 def conv2d_triton(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> torch.Tensor:
-    """Return conv2d by the Triton kernel: on a GPU, or on the CPU while kernels are interpreted.
+    """Return conv2d as on a GPU: there, or on the CPU while kernels are interpreted.
 
-    x, weight and bias as for `conv2d`; nothing is recorded for backward.
+    Arguments as for `conv2d`, numbers in pairs; nothing is recorded for backward.
     """
-    from ..kernels._tune import interpreting  # here: importing ops must not need triton
-    from ..kernels.conv import conv2d_fwd_grid, conv2d_fwd_kernel_for
-
-    _check(x, weight, bias, padding)
-    (N, C, H, W), (K, _, R, S) = x.shape, weight.shape
-    y = _empty_output(x, weight, padding)
-    P, Q = y.shape[2:]
-    if N:
-        x = x.contiguous(memory_format=torch.channels_last)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        bias = None if bias is None else bias.contiguous()
-        tf32 = x.dtype == torch.float32 and _tf32_allowed()
-        with torch.cuda.device_of(x):  # triton launches on the current device
-            kernel = conv2d_fwd_kernel_for(C, K, R, x.itemsize)
-            kernel[conv2d_fwd_grid(N, P, Q, K)](
-                x, weight, bias, y, H, W, C=C, K=K, R=R, S=S, PAD=padding,
-                PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
-            )  # fmt: skip
-    return y
+    return _plain(conv2d_fwd_triton, x, weight, bias, stride, padding, dilation, groups)
 
 
 @_conv2d.register_fake
-def _(x, weight, bias, padding):
-    _check(x, weight, bias, padding)
-    return _empty_output(x, weight, padding)
+def _(x, weight, bias, stride, padding, dilation, groups):
+    return _plain(conv2d_fwd, x, weight, bias, stride, padding, dilation, groups)
+
+
+def _plain(forward, x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
+    """Return y of conv2d_fwd, or of its device path, with nothing fused."""
+    source = None, None, None, "none", 0.0, "none"
+    second = None, None, "none", 0.0, "none"
+    geometry = stride, padding, dilation, groups
+    return forward(x, *source, *second, weight, bias, *geometry, False, False)[0]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.padding = inputs
+    x, weight, bias, *ctx.geometry = inputs
     needs_x, needs_weight, *_ = ctx.needs_input_grad
     # dx needs weight alone, dw needs x alone: a frozen weight keeps no activation alive.
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
     ctx.shapes = x.shape, weight.shape
 
 
+@first_order
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    x_shape, weight_shape = ctx.shapes
-    needs = [*ctx.needs_input_grad[:3]]
-    # What was not saved is not read below: only its shape counts. One argument in channels_last is
-    # enough for torch to compute in it.
-    x, weight = (
-        _unread(dy, shape) if t is None else t.contiguous(memory_format=torch.channels_last)
-        for t, shape in ((x, x_shape), (weight, weight_shape))
-    )
-    padding = [ctx.padding] * 2
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight_shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needs
-    )
-    return dx, dweight, dbias, None
+    x_shape, weight_shape = (list(shape) for shape in ctx.shapes)
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dx = dweight = dbias = None
+    if needs_x:
+        prologue = None, None, None, None, "none", 0.0, "none"
+        dx, _ = conv2d_dgrad(dy, None, None, weight, x_shape, *prologue, None, *ctx.geometry, False)
+    if needs_weight:
+        prologue = None, None, None, "none", 0.0, "none"
+        dweight, dbias = conv2d_wgrad(
+            x, *prologue, dy, None, None, weight_shape, *ctx.geometry, needs_bias
+        )
+        dweight = dweight.to(dy.dtype)
+    elif needs_bias:
+        dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32))
+    return dx, dweight, dbias.to(dy.dtype) if needs_bias else None, *[None] * 4
 
 
 _conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _unread(like: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a tensor of this shape that takes the memory of one element."""
-    return like.new_zeros(()).expand(shape)
-
-
-def _empty_output(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
-    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
-    shape = (N, K, H + 2 * padding - R + 1, W + 2 * padding - S + 1)
-    # Not empty_like or contiguous(): where K or P*Q is 1 those may keep other strides.
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _tf32_allowed() -> bool:
-    # These two follow allow_tf32 and set_float32_matmul_precision, which can't be read once
-    # somebody sets the precision of convolutions alone.
-    return (
-        torch.backends.cudnn.conv.fp32_precision == "tf32"
-        and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        and torch.version.hip is None  # Triton multiplies float32 on AMD in IEEE arithmetic only
-    )
+def _pair(value: int | Sequence[int], name: str) -> list[int]:
+    """Return a number for rows and one for columns."""
+    pair = [value, value] if isinstance(value, _INTEGERS) else value
+    holds = isinstance(pair, list | tuple) and len(pair) == 2
+    holds = holds and all(isinstance(v, _INTEGERS) and not isinstance(v, bool) for v in pair)
+    words = ', "same" or "valid"' if name == "padding" else ""
+    want(holds, name, f"an int or two{words}", value)
+    return list(pair)
 
 
 def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -167,34 +165,3 @@ def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tens
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (x, *others)
     )
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int) -> None:
-    """Raise ValueError, naming argument, wanted and given, for what no path computes."""
-
-    def want(holds: bool, argument: str, wanted: str, given: object) -> None:
-        if not holds:
-            raise ValueError(f"{argument}: want {wanted}, got {given}")
-
-    cpu = x.device.type == "cpu"
-    dtypes = (*_DTYPES, torch.float64) if cpu else _DTYPES
-    want(x.dim() == 4, "x", "[N, C, H, W]", list(x.shape))
-    want(x.dtype in dtypes, "x", f"a dtype in {dtypes} on {x.device.type}", x.dtype)
-    want(x.shape[1] > 0, "x", "at least one channel", list(x.shape))
-    want(weight.dim() == 4, "weight", "[K, C, R, S]", list(weight.shape))
-    K, C, R, S = weight.shape
-    want(R == S and R in (1, 3), "weight", "R = S in {1, 3}", f"R = {R}, S = {S}")
-    want(C == x.shape[1], "weight", f"C = {x.shape[1]}, x's channels", f"C = {C}")
-    want(K > 0, "weight", "at least one output channel", list(weight.shape))
-    for name, t in ("weight", weight), ("bias", bias):
-        if t is not None:
-            want(t.dtype == x.dtype, name, f"x's dtype {x.dtype}", t.dtype)
-            want(t.device == x.device, name, f"x's device {x.device}", t.device)
-    if bias is not None:
-        want(bias.dim() == 1 and bias.shape[0] == K, "bias", f"[K] = [{K}]", list(bias.shape))
-    want(padding >= 0, "padding", "at least 0", padding)
-    H, W = x.shape[2:]
-    fits = H + 2 * padding >= R and W + 2 * padding >= S
-    want(fits, "x", f"an image that holds {R} x {S} taps at padding {padding}", f"{H} x {W}")
-    rows = _TILE_ROWS * (W + 2 * padding) * max(C, K)
-    want(rows < 2**31, "x", f"{_TILE_ROWS} rows of x and of y below 2**31 elements", rows)
