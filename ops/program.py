@@ -106,6 +106,13 @@ class Program:
     """Steps in the order in which they run; the first slots are the inputs.
 
     Slots in `dropped` are made again for backward.
+
+    Attributes:
+        text: the program as JSON, from which `parsed` makes it again.
+        norms_of: the numbers of each slot's norms.
+        producers: the step that makes each slot but the inputs.
+        last_reader: the number of the last step that reads a slot.
+        convolution_parameters: the numbers of weights and biases.
     """
 
     inputs: int
@@ -116,34 +123,28 @@ class Program:
     names: tuple[str, ...] = ()  # of the steps: the modules that they were
     dropped: tuple[int, ...] = ()
 
-    @cached_property
-    def text(self) -> str:
-        """The program as JSON, from which `parsed` makes it again."""
+    def __post_init__(self):
+        """Work out what every run asks, once, so that torch.compile reads constants."""
         kinds = [type(step).__name__ for step in self.steps]
-        return json.dumps({**asdict(self), "kinds": kinds})
-
-    @cached_property
-    def norms_of(self) -> dict[int, list[int]]:
-        """The numbers of each slot's norms."""
-        norms: dict[int, list[int]] = {}
+        norms_of: dict[int, list[int]] = {}
         for number, norm in enumerate(self.norms):
-            norms.setdefault(norm.slot, []).append(number)
-        return norms
-
-    @cached_property
-    def producers(self) -> dict[int, Conv | Write]:
-        """The step that makes each slot but the inputs."""
-        return {slot: step for step in self.steps for slot in _made(step)}
-
-    @cached_property
-    def last_reader(self) -> dict[int, int]:
-        """The number of the last step that reads a slot."""
-        return {
-            term.slot: number
+            norms_of.setdefault(norm.slot, []).append(number)
+        reads = [
+            (term.slot, number)
             for number, step in enumerate(self.steps)
             for source in _sources(step)
             for term in source.terms
+        ]
+        convs = [step for step in self.steps if isinstance(step, Conv)]
+        facts = {
+            "text": json.dumps({**asdict(self), "kinds": kinds}),
+            "norms_of": norms_of,
+            "producers": {slot: step for step in self.steps for slot in _made(step)},
+            "last_reader": dict(reads),
+            "convolution_parameters": {c.weight for c in convs} | {c.bias for c in convs} - {None},
         }
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
     def dropping(self, slots: Iterable[int]) -> "Program":
         """Return the program that makes these slots again for backward."""
@@ -240,12 +241,17 @@ def run(
     eps = [norm.eps for norm in norms]
     groups = ",".join(_group(norm) if b else "" for norm, b in zip(norms, batch, strict=True))
 
-    results = _Segment.apply(program, batch, eps, groups, *inputs, *parameters)
-    outputs, moments = results[: len(program.outputs)], results[len(program.outputs) :]
-    for norm, own in zip([n for n, b in zip(norms, batch, strict=True) if b], moments, strict=True):
-        if norm.training and norm.track_running_stats:
-            _move(norm, own)
-    return outputs
+    tensors = [*inputs, *parameters]
+    recording = torch.is_grad_enabled()
+    needs = [recording and t is not None and t.requires_grad for t in tensors]
+    results = _Segment.apply(program, batch, eps, groups, needs, *tensors)
+    moments = iter(results[len(program.outputs) :])
+    for norm, of_batch in zip(norms, batch, strict=True):
+        if of_batch:
+            own = next(moments)
+            if norm.training and norm.track_running_stats:
+                _move(norm, own)
+    return results[: len(program.outputs)]
 
 
 def _move(norm: nn.Module, moments: Tensor) -> None:
@@ -266,65 +272,65 @@ def _group(norm: nn.Module) -> str:
 
 
 class _Segment(torch.autograd.Function):
-    """A program: its outputs and, for each norm of the batch's own statistics, its moments."""
+    """A program: its outputs, and what `_forward_direct` returns behind them."""
 
     @staticmethod
-    def forward(ctx, program, batch, eps, groups, *tensors):
-        ctx.set_materialize_grads(False)
-        needs = list(ctx.needs_input_grad[4:])
-        kept = kept_slots(program, needs)
+    def forward(program, batch, eps, groups, needs, *tensors):
         forward = _forward_operator if torch.compiler.is_compiling() else _forward_direct
-        saving = any(needs)
-        made = forward(program.text, tensors, batch, eps, groups, kept, saving)
+        kept = kept_slots(program, needs)
+        return tuple(forward(program.text, tensors, batch, eps, groups, kept, any(needs)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        program, batch, _, groups, needs, *tensors = inputs
+        ctx.set_materialize_grads(False)
         outputs, moments = len(program.outputs), sum(batch)
-        results = made[: outputs + moments]
-        ctx.mark_non_differentiable(*made[outputs : outputs + moments])
-        if saving:
-            # Images that backward reads, and parameters and norms, which are small.
-            slots = dict(zip(program.outputs, made, strict=False))
-            slots |= dict(enumerate(tensors[: program.inputs]))
-            fresh = [slot for slot in kept if slot not in slots]
-            norms = made[outputs + moments :][: len(program.norms)]
-            slots |= dict(zip(fresh, made[outputs + moments + len(program.norms) :], strict=True))
-            convolutions = _convolution_parameters(program)
-            parameters = [
-                t if number in convolutions else None
-                for number, t in enumerate(tensors[program.inputs :])
-            ]
-            ctx.save_for_backward(*(slots[slot] for slot in kept), *norms, *parameters)
-            ctx.program, ctx.batch, ctx.groups, ctx.kept = program, batch, groups, kept
-            ctx.sizes = [size for t in tensors[: program.inputs] for size in t.shape]
-            ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        return tuple(results)
+        ctx.mark_non_differentiable(*output[outputs:])
+        if not any(needs):
+            return
+        # Images that backward reads, and norms and parameters, which are small.
+        kept = kept_slots(program, needs)
+        slots = dict(zip(program.outputs, output, strict=False))
+        slots |= dict(enumerate(tensors[: program.inputs]))
+        norms = output[outputs + moments :][: len(program.norms)]
+        made = output[outputs + moments + len(norms) :]
+        slots |= dict(zip([slot for slot in kept if slot not in slots], made, strict=True))
+        parameters = [
+            t if number in program.convolution_parameters else None
+            for number, t in enumerate(tensors[program.inputs :])
+        ]
+        ctx.save_for_backward(*[slots[slot] for slot in kept], *norms, *parameters)
+        ctx.program, ctx.batch, ctx.groups, ctx.needs, ctx.kept = (
+            program,
+            batch,
+            groups,
+            needs,
+            kept,
+        )
+        ctx.sizes = [size for t in tensors[: program.inputs] for size in t.shape]
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
 
     @staticmethod
     @first_order
     def backward(ctx, *gradients):
-        program, kept = ctx.program, ctx.kept
+        program, kept, needs = ctx.program, ctx.kept, ctx.needs
         saved = ctx.saved_tensors
         slots, norms = saved[: len(kept)], saved[len(kept) :][: len(program.norms)]
         parameters = saved[len(kept) + len(program.norms) :]
-        needs = list(ctx.needs_input_grad[4:])
         gradients = gradients[: len(program.outputs)]
         if all(g is None for g in gradients):
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * (5 + len(needs))
         backward = _backward_operator if torch.compiler.is_compiling() else _backward_direct
-        made = iter(
-            backward(
-                program.text, gradients, slots, kept, norms, parameters, ctx.sizes, ctx.batch,
-                ctx.groups, needs,
-            )
+        made = backward(
+            program.text, gradients, slots, kept, norms, parameters, ctx.sizes, ctx.batch,
+            ctx.groups, needs,
         )  # fmt: skip
-        results = []
+        results, rest = [], iter(made)
         for need, dtype in zip(needs, ctx.dtypes, strict=True):
-            gradient = next(made) if need else None
-            results.append(None if gradient is None or not gradient.numel() else gradient.to(dtype))
-        return (None,) * 4 + tuple(results)
-
-
-def _convolution_parameters(program: Program) -> set[int]:
-    steps = [step for step in program.steps if isinstance(step, Conv)]
-    return {step.weight for step in steps} | {step.bias for step in steps} - {None}
+            gradient = next(rest) if need else None
+            # No element: none flows there.
+            results.append(gradient.to(dtype) if need and gradient.numel() else None)
+        return (None,) * 5 + tuple(results)
 
 
 # Forward
