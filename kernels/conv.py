@@ -23,8 +23,9 @@ fill a product's depth (C = 3, S = 3 takes 16 values, not three times 16), and a
 
 - conv2d_fwd_kernel, for every shape: a program owns BLOCK_K channels of a range of tiles of
   BLOCK_M pixels, and walks for each the R rows in steps of BLOCK_J window values, one product
-  [pixels, j] @ [j, k] a step. It reads each value of x up to R*S times, from L1 or L2. The tiles of
-  a range lie below each other, so that the rows of x that two of them share come from a cache.
+  [pixels, j] @ [j, k] a step. For each block of channels it reads, and activates, a value of x up
+  to R*S times, from L1 or L2. The tiles of a range lie below each other, so that the rows of x that
+  two of them share come from a cache.
 - conv2d_fwd_rows_kernel, for 3x3 with windows that fit a step: a program rolls down a strip of
   rows, BLOCK_Q columns wide, with the whole filter in shared memory. It reads a row of windows
   once, for the three rows of y that it belongs to; two unfinished ones wait in registers. It reads

@@ -33,7 +33,8 @@ def conv2d(
     autocast the arguments are cast as torch's convolution casts them.
 
     Saved for backward: x, if weight asks for a gradient, and weight, if x does; nothing else, and
-    nothing copied. There are no second derivatives: backward raises under create_graph=True.
+    nothing copied (but for "same" with an even filter, which pads x first). There are no second
+    derivatives: backward raises under create_graph=True.
 
     Args:
         x: [N, C, H, W], any N, also 0, or [C, H, W]; float32, float16 or bfloat16, on the CPU also
@@ -147,12 +148,12 @@ _conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 def _pair(value: int | Sequence[int], name: str) -> list[int]:
     """Return a number for rows and one for columns."""
-    pair = [value, value] if isinstance(value, _INTEGERS) else value
-    holds = isinstance(pair, list | tuple) and len(pair) == 2
+    pair = [value] if isinstance(value, _INTEGERS) else value
+    holds = isinstance(pair, list | tuple) and len(pair) in (1, 2)
     holds = holds and all(isinstance(v, _INTEGERS) and not isinstance(v, bool) for v in pair)
     words = ', "same" or "valid"' if name == "padding" else ""
     want(holds, name, f"an int or two{words}", value)
-    return list(pair)
+    return [pair[0], pair[-1]]
 
 
 def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

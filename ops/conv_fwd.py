@@ -228,16 +228,16 @@ def _launch(
     (N, C, H, W), (K, CG, R, S), (P, Q) = first.x.shape, g.weight_shape, size
     y = empty_image(first.x, [N, K, P, Q])
     H2, W2 = (H, W) if second is None else second.x.shape[2:]
-    undilated = (*g.stride, *g.dilation, g.groups) == (1, 1, 1, 1, 1)
+    unstrided = (*g.stride, *g.dilation, g.groups) == (1, 1, 1, 1, 1)
     by_pixel = all(p.resample == "none" for p in sources)
-    if undilated and by_pixel and (R, S, *g.padding) == (1, 1, 0, 0) and H * W < 2**31:
+    if unstrided and by_pixel and (R, S, *g.padding) == (1, 1, 0, 0) and H * W < 2**30:
         H, W, P, Q = 1, H * W, 1, P * Q  # a pixel has no neighbours: one long row leaves no rest
         H2, W2 = H, W
 
     depthwise = CG == 1 and g.groups > 1
     kernel = kernels.conv2d_fwd_depthwise_kernel
     if not depthwise:
-        simple = undilated and by_pixel and second is None
+        simple = unstrided and by_pixel and second is None
         kernel = kernels.conv2d_fwd_kernel_for(C, K, R, S, first.x.itemsize, simple)
     rolls = kernel is kernels.conv2d_fwd_rows_kernel
     constants = {

@@ -27,6 +27,7 @@ CASES = {  # x, weight, and the rest of torch's arguments
     "same-even": ([2, 3, 5, 6], [4, 3, 4, 2], {"padding": "same"}),
     "same-even-dilated": ([1, 3, 7, 8], [4, 3, 2, 4], {"padding": "same", "dilation": (3, 2)}),
     "valid": ([1, 3, 5, 6], [4, 3, 3, 2], {"padding": "valid", "stride": [1, 2]}),
+    "lists-of-one": ([1, 3, 5, 6], [4, 3, 3, 2], {"padding": [1], "stride": (2,)}),
     "one-image": ([3, 5, 6], [4, 3, 3, 3], {"padding": 1}),
     "one-image-same-even": ([3, 5, 6], [4, 3, 2, 2], {"padding": "same"}),
     "one-pixel": ([1, 1, 1, 1], [1, 1, 1, 1], {}),
