@@ -1,16 +1,18 @@
-# make demo | test | lint | gpu | clean. Each makes what it needs, in .venv; PYTHON=... picks one.
+# make demo | test | lint | bench | gpu | clean. Each makes what it needs, in .venv; PYTHON=... picks one.
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet
 FULLRES := .venv/bin/fullres
 DEMO := demo
 OUT ?=
+ONLY ?=
 
-.PHONY: demo test lint gpu clean help
+.PHONY: demo test lint bench gpu clean help
 
 help:
 	@echo "make demo   train on whole generated events on this machine and draw the result, in minutes"
 	@echo "make test   lint and all tests; no GPU needed"
 	@echo "make lint   ruff: rules and format"
+	@echo "make bench  benchmarks of this machine: of a GPU where there is one, else predictions"
 	@echo "make gpu    on a machine with a GPU and torch: device tests and benchmarks, offline"
 	@echo "make clean  remove .venv and what the others made"
 
@@ -53,10 +55,13 @@ lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+bench: .venv/train
+	$(FULLRES) bench $(if $(OUT),--out $(OUT))
+
 # The GPU machine has torch, triton and the rest, and no network: nothing is fetched.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m fullres.bench.gpu $(if $(OUT),--out $(OUT))
+	$(PYTHON) -m fullres.bench.gpu $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf .venv $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

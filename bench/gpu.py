@@ -1,12 +1,14 @@
 """What `make gpu` runs: device tests and device benchmarks, recorded with the machine they ran on.
 
-`python -m fullres.bench.gpu [--out FOLDER] [--only tests,conv] [--smoke]`. Every section is a
-process of its own with a time limit, so that one that crashes or hangs costs only itself. Exits
-with 1 if a section failed, with 2 if there is no GPU. Nothing is fetched from anywhere.
+`python -m fullres.bench.gpu [--out FOLDER] [--only tests,kernels] [--smoke]`. Every section is a
+process of its own with a time limit, so that one that crashes or hangs costs only itself. Run again
+with the same commit, machine and folder, what has passed is not repeated unless --only names it.
+Exits with 1 if a section failed, with 2 if there is no GPU. Nothing is fetched from anywhere.
 """
 
 import argparse
 import datetime
+import json
 import os
 import re
 import signal
@@ -21,11 +23,11 @@ import torch
 from .record import environment, save, table
 
 ROOT = Path(__file__).resolve().parents[1]
-# Benchmarks, by module name: each has run(out: Path) -> rows. Seconds allowed.
-BENCHMARKS = {
-    "conv": 240,
+TESTS_LIMIT = 300  # seconds; with those below inside ten minutes
+# Benchmarks, by module name, each with run(out: Path, **options) -> rows: seconds allowed, options.
+BENCHMARKS: dict[str, tuple[int, dict]] = {
+    "kernels": (230, {"seconds": 190}),  # goes on where it stopped: --only kernels
 }
-TESTS_LIMIT = 330  # with the above inside ten minutes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"results in {out}\n" + "\n".join(f"  {k}: {v}" for k, v in facts.items()), flush=True)
     (out / "device.txt").write_text(_device())
-    rows = []
-    for name in options.only:
+    passed = _passed(out, facts)
+    rows = [row for name, row in passed.items() if name not in (options.only or ())]
+    for name in options.only or [name for name in sections() if name not in passed]:
         print(f"\n== {name} ==", flush=True)
         rows.append(_tests(out) if name == "tests" else _benchmark(name, out))
         save("gpu", rows, out)  # after each, so that a run cut short leaves what it did
@@ -52,6 +55,22 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["outcome"] not in ("passed", "rehearsed") for row in rows))
 
 
+def sections() -> list[str]:
+    """Return the names of all sections, in the order in which they run."""
+    return ["tests", *BENCHMARKS]
+
+
+def _passed(out: Path, facts: dict) -> dict[str, dict]:
+    """Return the rows of sections that passed in this folder, for this commit and machine."""
+    path = out / "gpu.json"
+    if not path.exists() or "+changes" in facts["commit"]:
+        return {}
+    saved = json.loads(path.read_text())
+    if any(saved["environment"].get(k) != v for k, v in facts.items() if k != "command"):
+        return {}
+    return {row["section"]: row for row in saved["rows"] if row["outcome"] == "passed"}
+
+
 def default_folder(facts: dict) -> Path:
     """Return bench/results/<card>/<date>-<commit>, where runs are kept."""
     card = re.sub(r"[^a-z0-9]+", "-", str(facts["card"]).lower()).strip("-")
@@ -59,16 +78,15 @@ def default_folder(facts: dict) -> Path:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    sections = ["tests", *BENCHMARKS]
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None)
-    parser.add_argument("--only", help=f"some of {','.join(sections)}")
+    parser.add_argument("--only", help=f"some of {','.join(sections())}")
     parser.add_argument("--smoke", action="store_true", help="rehearse without a GPU")
     options = parser.parse_args(arguments)
     options.out = options.out and Path(options.out).resolve()
-    options.only = options.only.split(",") if options.only else sections
-    if unknown := sorted({*options.only} - {*sections}):
-        parser.error(f"--only: want some of {','.join(sections)}, got {','.join(unknown)}")
+    options.only = options.only.split(",") if options.only else None
+    if unknown := sorted({*(options.only or ())} - {*sections()}):
+        parser.error(f"--only: want some of {','.join(sections())}, got {','.join(unknown)}")
     return options
 
 
@@ -105,15 +123,16 @@ def _tests(out: Path) -> dict:
 
 
 def _benchmark(name: str, out: Path) -> dict:
+    limit, options = BENCHMARKS[name]
     program = f"""
 import sys
 from pathlib import Path
 out, sys.argv = Path(sys.argv[1]), ["fullres.bench.gpu", "--only", "{name}"]  # what is recorded
 from fullres.bench.{name} import run
-run(out)
+run(out, **{options})
 """
     command = ["-c", program, str(out)]
-    status, seconds, timed_out = _run(name, command, out, BENCHMARKS[name])
+    status, seconds, timed_out = _run(name, command, out, limit)
     saved = (out / f"{name}.json").exists()
     detail = f"{name}.json" if saved else "no result was saved"
     return _row(name, status == 0 and saved, seconds, timed_out, f"{detail}, {name}.log")
