@@ -1,5 +1,6 @@
 """The command line: `fullres COMMAND --help`."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -25,6 +26,7 @@ try:
     )
     from rich.table import Table
 
+    from .bench import BENCHMARKS
     from .training.config import TrainConfig
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -212,21 +214,139 @@ def display(
 
 
 @app.command()
-def bench(
-    names: Annotated[list[str], typer.Argument(help="events, conv, memory")],
-    out: Annotated[Path | None, typer.Option(help="Folder to record the results in.")] = None,
+def precompile(
+    target: Annotated[
+        str, typer.Option(help="Devices to compile for, with commas between.")
+    ] = "sm_80,sm_90,gfx942",
+    model: Annotated[
+        str, typer.Option(help="uresnet, resnet18, resnet34, resnet50, resnet101 or resnet152.")
+    ] = "uresnet",
+    preset: Annotated[str, typer.Option(help="The U-ResNet's preset.")] = "uresnet",
+    network: Annotated[
+        str, typer.Option(help="The U-ResNet's numbers other than the preset's, as for train.")
+    ] = "",
+    image_size: Annotated[str, typer.Option(help="Rows x columns of a plane.")] = "1260x2048",
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    out: Annotated[
+        Path, typer.Option(help="Folder of the build; a second run compiles what changed.")
+    ] = Path("precompiled"),
+    strict: Annotated[
+        bool, typer.Option(help="Fail if a variant passes a limit without a stated reason.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
-    """Run benchmarks, and print their tables."""
-    known = ("events", "conv", "memory")
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"want benchmarks from {', '.join(known)}; got {', '.join(unknown)}")
+    """Compile every kernel of a training step ahead of time; no GPU is needed.
+
+    A process that trains with TRITON_CACHE_DIR=OUT/cache, and the same versions, compiles nothing.
+    A table of FULLRES_DISPATCH decides here what it decides there.
+    """
+    import torch
+
+    from .bench.record import table as text_table
+    from .engine.precompile import precompile as run
+    from .engine.precompile import training_step
+    from .training.config import parse_size
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision not in dtypes:
+        raise ValueError(f"want precision from {', '.join(dtypes)}; got {precision!r}")
+    _want_folder(out)
+    build, channels = _network(model, preset, network)
+    shape = batch_size, channels, *parse_size(image_size)
+    step = training_step(build, shape, dtypes[precision])
+    with _progress(stderr=True) as bar:
+        task = bar.add_task("Compiling", total=None)
+        rows = run(
+            step,
+            target.split(","),
+            out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        typer.echo(text_table([_shown(row) for row in rows]))  # wide: no console's width would do
+        console.print(
+            f"{len(rows)} variants. Where they are to run: TRITON_CACHE_DIR={out / 'cache'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    wrong = [row for row in rows if row["excess"] and not row["excuse"]]
+    if wrong and strict:
+        names = "; ".join(
+            f"{r['kernel']} {r['target']} {r['variant']}: {r['excess']}" for r in wrong
+        )
+        raise ValueError(f"{len(wrong)} variants pass a limit without a stated reason: {names}")
+
+
+def _network(model: str, preset: str, network: str) -> tuple[Callable[[], Any], int]:
+    """Return what builds the network whose training step is compiled, and its image's channels."""
+    from . import models
+    from .ops.modules import Conv2d
+    from .training.config import parse_network
+
+    known = [name for name in models.__all__ if name.islower()]
+    if model not in known:
+        raise ValueError(f"want model from {', '.join(known)}; got {model!r}")
+    arguments = [parse_network(preset, network)] if model == "uresnet" else []
+    if network and not arguments:
+        raise ValueError(f"want network with the model uresnet; got it with {model}")
+    channels = arguments[0].planes if arguments else 3
+    return lambda: getattr(models, model)(*arguments, conv=Conv2d), channels
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a compiled variant as a line of a table."""
+    reason = f"{row['excess']}: {row['excuse'] or 'NO STATED REASON'}"
+    return {
+        "kernel": row["kernel"],
+        "target": row["target"],
+        "registers": row["registers"],
+        "spilled_bytes": row["spill_bytes"],
+        "shared_bytes": row["shared_bytes"],
+        "tensor_core_instructions": sum(row[k] or 0 for k in ("wgmma", "mma_sync", "mfma")),
+        "variant": row["variant"],
+        "beyond_a_limit_and_why": reason if row["excess"] else "",
+    }
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"Some of {', '.join(BENCHMARKS)}; none: all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to record the results in.")] = Path(
+        "bench-results"
+    ),
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Of kernels: begin no other shape after that long.", min=0),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Run benchmarks, print their tables and record them with machine, versions and commit."""
+    names = names or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ValueError(f"want benchmarks from {', '.join(BENCHMARKS)}; got {', '.join(unknown)}")
+    _want_folder(out)
     from .bench.record import environment
 
-    folder = out or Path("bench-results")
-    console.print_json(json.dumps(environment()))
-    for name in names:
-        importlib.import_module(f".bench.{name}", __package__).run(folder)
-    console.print(f"recorded in {folder}")
+    facts, rows = environment(), {}
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        typer.echo("\n".join(f"{name}: {value}" for name, value in facts.items()))
+        for name in names:
+            options = {"seconds": seconds} if name == "kernels" else {}
+            benchmark = importlib.import_module(f".bench.{name}", __package__)
+            rows[name] = benchmark.run(out, **options)
+        typer.echo(f"recorded in {out}")
+    if as_json:
+        typer.echo(json.dumps({"environment": facts, **rows}, indent=1))
+
+
+def _want_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"want out as a folder; {out} is a file")
 
 
 def _wrote(*paths: Path) -> None:
@@ -235,11 +355,11 @@ def _wrote(*paths: Path) -> None:
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def _progress() -> Progress:
+def _progress(stderr: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True) if stderr else console,
     )
