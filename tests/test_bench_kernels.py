@@ -225,9 +225,8 @@ def test_what_our_passes_launch_is_what_is_compiled(monkeypatch, tmp_path):
     )
     kernels.compile_rows([TINY["3x3"]], 1, "sm_90", tmp_path)
     names = {launch.kernel.split(":")[1] for launch in seen}
-    assert {"conv2d_dgrad_kernel", "conv2d_wgrad_kernel", "batch_norm_kernel"} <= names
-    assert {name for name in names if name.startswith("conv2d_fwd")}
-    assert {name for name in names if name.startswith("conv2d_backward")}
+    for ours in ("conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad", "conv2d_backward", "batch_norm"):
+        assert any(name.startswith(ours) for name in names)
     assert {"prologue_kernel", "moments_kernel", "gradient_kernel"} <= names  # beside cuDNN
     assert all("*fp64" not in launch.label for launch in seen)
 
