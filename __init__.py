@@ -8,15 +8,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import bench, engine, events, kernels, models, ops, training
-    from .engine import meter
+    from . import bench, engine, events, functional, kernels, models, nn, ops, training
+    from .engine import convert, meter, report, revert
     from .models import resnet18, resnet34, resnet50, resnet101, resnet152, uresnet
 
 __version__ = "0.1.0"
 
-_ROOMS = ("bench", "engine", "events", "kernels", "models", "ops", "training")
+_ROOMS = (
+    "bench",
+    "engine",
+    "events",
+    "functional",
+    "kernels",
+    "models",
+    "nn",
+    "ops",
+    "training",
+)
 _HOMES = {  # public name: its room
+    "convert": "engine",
     "meter": "engine",
+    "report": "engine",
+    "revert": "engine",
     "resnet18": "models",
     "resnet34": "models",
     "resnet50": "models",
@@ -27,17 +40,22 @@ _HOMES = {  # public name: its room
 
 __all__ = [
     "bench",
+    "convert",
     "engine",
     "events",
+    "functional",
     "kernels",
     "meter",
     "models",
+    "nn",
     "ops",
+    "report",
     "resnet101",
     "resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
+    "revert",
     "training",
     "uresnet",
 ]

@@ -1,5 +1,16 @@
-"""How a network fits a budget: measuring and planning memory."""
+"""How a network fits a budget: fusing its layers, measuring and planning memory."""
 
+from .convert import convert, revert
 from .meter import LiveBytes, MemoryReport, Sample, meter
+from .report import Report, report
 
-__all__ = ["LiveBytes", "MemoryReport", "Sample", "meter"]
+__all__ = [
+    "LiveBytes",
+    "MemoryReport",
+    "Report",
+    "Sample",
+    "convert",
+    "meter",
+    "report",
+    "revert",
+]

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..ops import modules as twins
+from ..ops.modules import TWINS
 from .fusion import POLICIES, RUNNERS, Fused, fuse, has_hooks
 
-_TWINS = {
-    nn.Conv2d: twins.Conv2d,
-}
+_TWIN = "_fullres_twin"  # marks a module whose class was exchanged for ours
 
 
 @dataclass
@@ -129,14 +127,14 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = _copied(model)
-    bases = {twin: base for base, twin in _TWINS.items()}
+    bases = {twin: base for base, twin in TWINS.items()}
     for module in model.modules():
         if RUNNERS in vars(module):
             module.__class__ = vars(module)[RUNNERS].base
             delattr(module, RUNNERS)
-        elif type(module) in bases and getattr(module, "_twin", False):
+        if _TWIN in vars(module):
             module.__class__ = bases[type(module)]
-            del module._twin
+            delattr(module, _TWIN)
     return model
 
 
@@ -156,6 +154,11 @@ def fused_away(model: nn.Module) -> set[nn.Module]:
     }
 
 
+def exchanged(model: nn.Module) -> set[nn.Module]:
+    """Return the layers of a network that our classes compute, one for one."""
+    return {module for module in model.modules() if _TWIN in vars(module)}
+
+
 # Converting
 
 
@@ -164,11 +167,11 @@ def _convert(module: nn.Module, policy: str, path: str) -> None:
 
     path: its name in the network.
     """
-    if type(module) in _TWINS and not has_hooks(module):
-        module.__class__, module._twin = _TWINS[type(module)], True
+    if next(module.children(), None) is None:
+        _exchange(module)
         return
     opaque: set[str] = set()
-    if next(module.children(), None) is not None and _traceable(module):
+    if _traceable(module):
         fused = _fused(module, policy, path, opaque)
         if fused is not None:
             _install(module, policy, fused)
@@ -178,6 +181,13 @@ def _convert(module: nn.Module, policy: str, path: str) -> None:
         opaque = {name for name, _ in module.named_children()}
     for name in opaque:
         _convert(module.get_submodule(name), policy, f"{path}.{name}" if path else name)
+
+
+def _exchange(module: nn.Module) -> None:
+    """Let a layer be computed by our class of the same name."""
+    if type(module) in TWINS and not has_hooks(module):
+        module.__class__ = TWINS[type(module)]
+        setattr(module, _TWIN, True)
 
 
 def _traceable(module: nn.Module) -> bool:
@@ -257,6 +267,11 @@ def _fused(module: nn.Module, policy: str, path: str, opaque: set[str]) -> list[
 
 def _install(module: nn.Module, policy: str, fused: list[Fused]) -> None:
     """Let a module run its fused graphs."""
+    called = {str(n.target) for f in fused for n in f.graph.nodes if n.op == "call_module"}
+    for target in called:
+        layer = module.get_submodule(target)
+        if next(layer.children(), None) is None:
+            _exchange(layer)
     if not any(each.programs for each in fused):
         return
     conversion = Conversion(type(module), policy)

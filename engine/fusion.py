@@ -60,6 +60,7 @@ class Expression:
     act: str = "none"
     slope: float = 0.01
     resample: str = "none"
+    nodes: tuple[fx.Node, ...] = field(default=(), compare=False)  # that it is the value of
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -175,7 +176,6 @@ class _Reader:
         self.cells: dict[fx.Node, Cell] = {}  # a node's whole value, where it is in memory
         self.small: set[fx.Node] = set()  # not of an image's size, as far as the graph tells
         self.left: dict[str, str] = {}
-        self.fused: dict[fx.Node, str] = {}  # module nodes that became part of a step
 
     def read(self) -> None:
         """Read all nodes; a value that is used more than once is written where it stands."""
@@ -188,11 +188,10 @@ class _Reader:
                 if self._is_small(node):
                     self.small.add(node)
                 continue
-            if node.op == "call_module":
-                self.fused[node] = str(node.target)
             if isinstance(value, tuple):
                 self.pairs[node] = value
                 continue
+            value = replace(value, nodes=(*value.nodes, node))
             self.values[node] = value
             inputs = node.all_input_nodes
             if all(other in self.small for other in inputs):
@@ -240,6 +239,9 @@ class _Reader:
                 return f"weights of {module.weight.dtype}"
             if len(node.args) != 1 or node.kwargs:
                 return "called with more than its input"
+            spans = zip(module.dilation, module.kernel_size, strict=True)
+            if module.padding == "same" and any(dil * (taps - 1) % 2 for dil, taps in spans):
+                return "padding 'same' of an even filter"
         return None
 
     # One function a kind of node; None means that it does not fuse here.
@@ -304,7 +306,8 @@ class _Reader:
         # First the one that a convolution has just made: its value is the one to make again.
         if reads[0].norm is None and reads[1].norm is not None:
             reads.reverse()
-        return Expression(reads[0], reads[1])
+        nodes = [self.of(argument, node).nodes for argument in (left, right)]
+        return Expression(reads[0], reads[1], nodes=(*nodes[0], *nodes[1]))
 
     def _resample(self, node: fx.Node, resample: str) -> Expression | None:
         argument = node.args[0]
@@ -407,6 +410,14 @@ def _run_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     paths = [path for path, _ in stack.values()]  # its keys also number the calls of one module
     runs = [path for path in paths if type(modules.get(path)) is nn.Sequential]
     return runs[-1] if runs else ""
+
+
+def _path_of(node: fx.Node) -> str:
+    """Return the module that a node's value comes from."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path, _ in stack.values()][-1] if stack else ""
 
 
 _ACTS: dict[Any, str] = {
@@ -668,12 +679,14 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
         for segment in at.get(node, ()):
             name = f"{prefix}_{next(numbers)}"
             program, inputs, outputs = _program(segment, readers, root, policy)
-            called = [step.target or str(step.node) for step in segment.steps]
+            called = [step.target or _path_of(step.node) for step in segment.steps]
             full = tuple(f"{path}.{each}" if path else each for each in called)
             programs[name] = replace(program, names=full)
             convs = [step.target for step in segment.steps if step.target]
             norms = [norm.target for norm in segment.norms]
-            became |= dict.fromkeys([*convs, *norms], name)
+            nodes = [node for s in segment.steps for e in s.sources for node in e.nodes]
+            others = [str(node.target) for node in nodes if node.op == "call_module"]
+            became |= dict.fromkeys([*others, *convs, *norms], name)
             call = graph.call_function(
                 run,
                 (
@@ -692,11 +705,6 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
                 with graph.inserting_before(env[node]):
                     own = graph.call_method("clone", (env[node].args[0],))
                 env[node].args = (own, *env[node].args[1:])
-    became |= {
-        target: next(iter({became[c] for c in _convs_near(node, reader) if c in became}), "fused")
-        for node, target in reader.fused.items()
-        if target not in became
-    }
     return Fused(graph, programs, became, reader.left)
 
 
@@ -711,22 +719,6 @@ def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     name = getattr(node.target, "__name__", "")
     inplace = node.op == "call_function" and name.startswith("i") and hasattr(operator, name)
     return (inplace and hasattr(operator, name[1:])) or bool(node.kwargs.get("inplace", False))
-
-
-def _convs_near(node: fx.Node, reader: _Reader) -> Iterator[str]:
-    """Yield the convolutions that read a node's value, nearest first."""
-    pending = list(node.users)
-    while pending:
-        user = pending.pop(0)
-        if user.op == "call_module" and user in reader.fused and user in reader.values:
-            if _kind(user, reader.modules)[0] == "conv":
-                yield reader.fused[user]
-                continue
-        if user in reader.values or user in reader.pairs:
-            pending += user.users
-    for other in node.all_input_nodes:
-        if other in reader.fused:
-            yield reader.fused[other]
 
 
 def _program(
