@@ -619,7 +619,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "none"])
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
 def test_nothing_of_the_images_size_is_made_but_outputs_and_gradients(last, reduction):
-    """The parts of the sums are 24 bytes a program, and a 64th of that for the tree's next level."""
+    """Parts of the sums are 24 bytes a program, and a 64th of that for the tree's next level."""
     pytest.importorskip("triton")
     from fullres.kernels import launches
     from fullres.kernels.focal_loss import programs

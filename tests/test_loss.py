@@ -4,7 +4,9 @@ Run as a script, this file is one rank of the two-process test.
 """
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fullres.ops import focal_blocks
 from fullres.ops.batch_norm import SyncBatchNorm
+from fullres.ops.focal_loss import focal_loss_backward_triton, focal_loss_forward_triton
+from fullres.training import loss as module
 from fullres.training.loss import SCHEMES, SegmentationLoss
 from fullres.training.metrics import SegmentationMetrics
 
@@ -68,8 +72,7 @@ def test_value_and_gradient_are_those_of_the_definition(
 ):
     rng = torch.Generator().manual_seed(seed)
     logits, labels = batch(rng, n, (height, width), scale=scale)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(focal_blocks, "BLOCK_ELEMENTS", block)
+    with patch.object(focal_blocks, "BLOCK_ELEMENTS", block):
         loss = SegmentationLoss(scheme)(logits, labels)
         gradients = torch.autograd.grad(loss, logits)
     expected = reference(logits, labels, scheme)
@@ -126,6 +129,52 @@ def test_all_background_is_finite_however_sure_the_network(scheme, dtype, margin
     (loss * 65536).backward()  # as a gradient scaler does
     assert loss.isfinite() and loss >= 0
     assert all(x.grad.isfinite().all() for x in logits)
+
+
+@contextmanager
+def on_kernels():
+    """Compute by the kernels, on CPU tensors in triton's interpreter."""
+    pytest.importorskip("triton")
+    from fullres.kernels._tune import interpreted
+
+    with (
+        interpreted(),
+        patch.object(module, "focal_loss_forward", focal_loss_forward_triton),
+        patch.object(module, "focal_loss_backward", focal_loss_backward_triton),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_compute_the_definition(scheme, last, rng):
+    logits, labels = batch(rng, 2, (9, 13), torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in logits]
+    expected = reference(exact, labels, scheme)
+    if last:
+        logits = [x.detach().to(memory_format=torch.channels_last).requires_grad_() for x in logits]
+    with on_kernels():
+        loss = SegmentationLoss(scheme)(logits, labels)
+        gradients = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("margin", [0.0, 30.0, 46.0, 1e4, -1e4])
+def test_kernels_are_finite_however_sure_the_network(margin):
+    """At 46 the weights are 1e-40 each: none may be multiplied by the inverse of their sum."""
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[:, 0] = margin
+    logits.requires_grad_()
+    labels = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    with on_kernels():
+        loss = SegmentationLoss("focal")([logits], labels)
+        (gradient,) = torch.autograd.grad(loss * 65536, logits)
+    plain = SegmentationLoss("focal")([logits], labels)
+    (wanted,) = torch.autograd.grad(plain * 65536, logits)
+    assert loss.isfinite() and gradient.isfinite().all()
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-12)
 
 
 def test_focal_weights_keep_their_ratio_where_p_rounds_to_one():

@@ -1,0 +1,58 @@
+"""The focal losses' benchmark without a card: bytes at full size, and a file that says so."""
+
+import json
+
+import pytest
+import torch
+
+from fullres.bench import focal_loss
+
+WORKLOADS = {w.name: w for w in focal_loss.workloads()}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_ours_stores_nothing_and_allocates_the_gradient_alone(name):
+    ours = focal_loss._predicted(WORKLOADS[name], "fullres")
+    assert ours["stored_mib"] < 0.001
+    assert ours["gradients_mib"] <= ours["peak_beyond_mib"] < ours["gradients_mib"] + 0.001
+    eager = focal_loss._predicted(WORKLOADS[name], "eager")
+    assert eager["inputs_mib"] == ours["inputs_mib"]
+    assert eager["stored_mib"] > ours["inputs_mib"]  # so the benchmark compares with something
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_providers_agree_with_float64(name, monkeypatch):
+    """What the benchmark takes for right, on the CPU and small images."""
+    workload, (leaves, rest) = WORKLOADS[name], small(WORKLOADS[name])
+    value, gradient = focal_loss._checked(workload, leaves, rest)
+    for call in workload.providers.values():
+        loss = call(*leaves, *rest)
+        assert abs(loss.item() - value) <= 1e-2 * abs(value)
+        got = torch.autograd.grad(loss, leaves)[0][:1].double()
+        torch.testing.assert_close(got, gradient, rtol=0.1, atol=0.02 * gradient.abs().mean())
+
+
+def small(workload):
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        leaves, rest = workload.make(2, "meta")
+    shrunk = []
+    for t in (*leaves, *rest):
+        shape = [n if i < 2 or n < 100 else 20 for i, n in enumerate(t.shape)]
+        if t.is_floating_point():
+            shape = [min(n, 500) for n in shape]
+            leaf = any(t is x for x in leaves)
+            value = torch.randn(shape).mul(0.25) if leaf else torch.rand(shape).round()
+            shrunk.append(value.to(torch.bfloat16).requires_grad_(leaf))
+        else:
+            shrunk.append(torch.randint(3, [2, 20, 20], dtype=torch.uint8))
+    return shrunk[: len(leaves)], shrunk[len(leaves) :]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_it_says_that_nothing_was_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(focal_loss, "_compiled", lambda: [{"kernel": "not compiled here"}])
+    rows = focal_loss.run(tmp_path)
+    assert "NOT RUN ON A CARD" in capsys.readouterr().out
+    assert {row["measured"] for row in rows} == {"not run on a card"}
+    assert json.loads((tmp_path / "focal_loss.json").read_text())["rows"] == rows
