@@ -274,9 +274,8 @@ def precompile(
         )
     wrong = [row for row in rows if row["excess"] and not row["excuse"]]
     if wrong and strict:
-        names = "; ".join(
-            f"{r['kernel']} {r['target']} {r['variant']}: {r['excess']}" for r in wrong
-        )
+        lines = [f"{r['kernel']} on {r['target']}: {r['excess']} ({r['variant']})" for r in wrong]
+        names = "".join(f"\n  {line}" for line in lines)
         raise ValueError(f"{len(wrong)} variants pass a limit without a stated reason: {names}")
 
 

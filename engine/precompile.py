@@ -22,8 +22,9 @@ class _DevicePath(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         if func.namespace == "fullres":
-            launch = OPDEFS[func._schema.name]._backend_fns["cuda"]
-            return launch(*args, **(kwargs or {}))
+            func = OPDEFS[func._schema.name]._backend_fns["cuda"]
+            with self:  # a mode is off while it is asked: operators may call others of ours
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -47,7 +48,10 @@ def record_launches(step: Callable[[], Any], target: str) -> list:
 
 
 def training_step(
-    build: Callable[[], nn.Module], input_shape: Iterable[int], dtype: torch.dtype
+    build: Callable[[], nn.Module],
+    input_shape: Iterable[int],
+    dtype: torch.dtype,
+    criterion: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[], None]:
     """Return a function that builds a network and takes it forward and backward once.
 
@@ -55,7 +59,11 @@ def training_step(
         build: returns the network.
         input_shape: of its one input, such as [N, C, H, W].
         dtype: the compute type; float16 and bfloat16 run under autocast.
+        criterion: makes a scalar of the network's output; None adds up what that holds.
     """
+
+    def total(out: Any) -> Tensor:
+        return sum(t.float().sum() for t in tree_flatten(out)[0])
 
     def step() -> None:
         model = build()
@@ -64,8 +72,8 @@ def training_step(
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         x = torch.empty(tuple(input_shape)).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            out = model(x)
-        sum(t.float().sum() for t in tree_flatten(out)[0]).backward()
+            loss = (criterion or total)(model(x))
+        loss.backward()
 
     return step
 
