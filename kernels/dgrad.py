@@ -29,6 +29,10 @@ product: dy is read once for them, and what is written is consecutive.
 - conv2d_dgrad_kernel, for every shape: a program owns one phase, BLOCK_N columns and every
   `strips`-th tile of BLOCK_P x BLOCK_Q pixels, which it takes one after another; programs that run
   at the same time work side by side, so that they find each other's halo in L2.
+- conv2d_dgrad_rows_kernel, for 3 x S at stride 1 whose window fits a step and C up to 32: a program
+  rolls down a strip of STRIP_WIDTH columns with the whole filter in shared memory. A row of windows
+  is read once for the three rows of dz that it belongs to; two unfinished ones wait in registers,
+  as do the sums, one a lane. From 48 channels on filter and window no longer fit beside them.
 - conv2d_dgrad_depthwise_kernel, for groups of one input channel, whose products would be empty.
 
 Sums of a program's pixels make one row of parts, which ops/norm.py adds in a tree: no atomics, the
@@ -52,6 +56,9 @@ from .wgrad import fit
 
 STRIPS = 4096  # programs, each with a row of parts: a few waves of any device
 SHORTEST = 256  # pixels of a strip: below, it costs less than starting it
+STRIP_WIDTH = tl.constexpr(64)  # columns of a strip of the rows kernel
+FEWEST_ROWS, MOST_ROWS = 16, 256  # of it; it reads two rows of dy more
+SIZES = ("N", "H", "W", "P", "Q", "strips", "rows")  # one kernel compiled serves all images
 
 
 def _config(BLOCK_M, MAX_J, MAX_N, **options):
@@ -66,6 +73,14 @@ CONFIGS = [  # the first must fit every supported device: tests and the interpre
     # One stage: no asynchronous copies, which pass L1 by and fetch each window anew from L2.
     _config(128, MAX_J=64, MAX_N=64, num_warps=8, num_stages=1),
     _config(128, MAX_J=128, MAX_N=64, num_warps=8, num_stages=1),
+]
+ROWS_CONFIGS = [
+    triton.Config({"MAX_N": 16}, num_warps=4, num_stages=2),
+    triton.Config({"MAX_N": 16}, num_warps=4, num_stages=1),
+    # At 32 channels for Hopper, whose tensor cores read the filter from shared memory: elsewhere it
+    # fills registers.
+    triton.Config({"MAX_N": 32}, num_warps=8, num_stages=2),
+    triton.Config({"MAX_N": 32}, num_warps=8, num_stages=1),
 ]
 DEPTHWISE_CONFIGS = [
     triton.Config({"BLOCK_M": 32, "MAX_N": 64}, num_warps=4, num_stages=2),
@@ -120,6 +135,31 @@ def conv2d_dgrad_grid(C: int, S: int, stride: tuple, dilation: tuple, groups: in
     return grid
 
 
+def conv2d_dgrad_rolls(C: int, K: int, taps: tuple, itemsize: int) -> bool:
+    """Return whether the rows kernel takes a shape of stride and dilation 1 and one group.
+
+    Its window must fit a step, and its filter shared memory; more blocks of C would reread dy. This
+    counts bytes. TODO: decide by times, once `fullres bench kernels` has run both on a card.
+    """
+    return taps[0] == 3 and taps[1] * K * itemsize <= 256 and C <= 32
+
+
+def conv2d_dgrad_rows(N: int, H: int, W: int) -> int:
+    """Return how many rows a strip of the rows kernel has."""
+    rows = triton.cdiv(N * triton.cdiv(W, STRIP_WIDTH.value) * H, STRIPS)
+    return max(FEWEST_ROWS, min(MOST_ROWS, rows))
+
+
+def conv2d_dgrad_rows_strips(N: int, H: int, W: int, rows: int) -> int:
+    """Return how many strips, of a row of parts each, the rows kernel makes."""
+    return N * triton.cdiv(H, rows) * triton.cdiv(W, STRIP_WIDTH.value)
+
+
+def conv2d_dgrad_rows_grid(C: int, strips: int):
+    """Return the rows kernel's launch grid."""
+    return lambda meta: (strips * triton.cdiv(C, fit(meta["MAX_N"], C)),)
+
+
 @triton.jit
 def _first_tap(phase, STRIDE: tl.constexpr, DIL: tl.constexpr, TAPS: tl.constexpr):
     """Return the first tap of a phase, or TAPS where it has none."""
@@ -133,40 +173,49 @@ def _first_tap(phase, STRIDE: tl.constexpr, DIL: tl.constexpr, TAPS: tl.constexp
 
 
 @triton.jit
+def _norms(norm_ptr, residual_norm_ptr, c, mask_c, C):
+    """Return mean, scale and shift of both norms at channels c; 0 of one that is None."""
+    mean, scale, shift = 0.0, 0.0, 0.0
+    mean_r, scale_r, shift_r = 0.0, 0.0, 0.0
+    if norm_ptr is not None:
+        mean, scale, shift = load_norm(norm_ptr, c, mask_c, C)
+    if residual_norm_ptr is not None:
+        mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, c, mask_c, C)
+    return mean, scale, shift, mean_r, scale_r, shift_r
+
+
+@triton.jit
 def _finish(
-    acc, offs, mask, c, mask_c,
-    g_ptr, bias_ptr, add_ptr, x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,
-    C: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    acc, offs, mask, base,  # dz; where it belongs, from base on
+    g_ptr, add_ptr, x_ptr, residual_ptr,
+    mean, scale, shift, mean_r, scale_r, shift_r,
+    NORM: tl.constexpr, RESIDUAL_NORM: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Store act'(pre) * (acc + bias + add) at offs, rounded; return what its sums add up."""
-    # Norms are loaded here, for each tile: to keep them would take registers from the product.
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(tl.float32)
+    """Store act'(pre) * (acc + add), rounded; return what its three sums add up."""
     if add_ptr is not None:
-        acc += tl.load(add_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(add_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
     if SUMS or ACT != "none":
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
         pre = x
-        if norm_ptr is not None:
-            mean, scale, shift = load_norm(norm_ptr, c, mask_c, C)
+        if NORM:
             x -= mean  # centred, as both the normalisation and the sums take it
             pre = x * scale + shift
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            if residual_norm_ptr is not None:
-                mean, scale, shift = load_norm(residual_norm_ptr, c, mask_c, C)
-                residual -= mean
-                pre += residual * scale + shift
+            residual = tl.load(residual_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+            if RESIDUAL_NORM:
+                residual -= mean_r
+                pre += residual * scale_r + shift_r
             else:
                 pre += residual
         acc = activate_backward(acc, pre, ACT, SLOPE)
     g = acc.to(g_ptr.dtype.element_ty)
-    tl.store(g_ptr + offs, g, mask=mask)
+    tl.store(g_ptr + base + offs, g, mask=mask)
     g = tl.where(mask, g.to(tl.float32), 0.0)
     gx = g
     gr = g
     if SUMS:
-        gx = tl.where(mask, g * x, 0.0)  # where mask is false g is 0, but x is -mean
+        gx = tl.where(mask, g * x, 0.0)  # off the mask g is 0, but x is -mean
         if residual_ptr is not None:
             gr = tl.where(mask, g * residual, 0.0)
     return g, gx, gr
@@ -187,7 +236,7 @@ def _store_sums(
     CONFIGS,
     key=["C", "K", "R", "S", "STRIDE_W", "GROUPS", "TILE_Q", "PRECISION", "ACT"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:-1])
 def conv2d_dgrad_kernel(
     dy_ptr, y_ptr, coef_ptr,  # [N, P, Q, K], as dy or None, [4, K] or None
     w_ptr,  # [R, STEP_W, GROUPS, CG, J]
@@ -315,11 +364,16 @@ def conv2d_dgrad_kernel(
         w = w0 + offs_q[:, None] * STRIDE_W + phase
         mask_g = ((h >= 0) & (h < H))[:, None] & (w >= 0) & (w < W) & mask_n[None, :]
         base_g = ((n * H + h0) * W + w0) * C
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + c, mask=mask_n, other=0.0).to(tl.float32)
+        # Norms are loaded for each tile: to keep them would take registers from the product.
+        mean, scale, shift, mean_r, scale_r, shift_r = _norms(
+            norm_ptr, residual_norm_ptr, c, mask_n, C
+        )
         g, gx, gr = _finish(
-            acc, offs_g, mask_g, c, mask_n, g_ptr + base_g, bias_ptr,
-            add_ptr + base_g if add_ptr is not None else None,
-            x_ptr + base_g if x_ptr is not None else None, norm_ptr,
-            residual_ptr + base_g if RESIDUAL else None, residual_norm_ptr, C, ACT, SLOPE, SUMS,
+            acc, offs_g, mask_g, base_g, g_ptr, add_ptr, x_ptr, residual_ptr,
+            mean, scale, shift, mean_r, scale_r, shift_r,
+            norm_ptr is not None, residual_norm_ptr is not None, ACT, SLOPE, SUMS,
         )  # fmt: skip
         if SUMS:
             sum_g += tl.sum(g, 0)
@@ -331,8 +385,112 @@ def conv2d_dgrad_kernel(
         _store_sums(parts_ptr, part, c, mask_n, sum_g, sum_gx, sum_gr, C, RESIDUAL)
 
 
+@autotune(ROWS_CONFIGS, key=["C", "K", "S", "ACT"])
+@triton.jit(do_not_specialize=SIZES)
+def conv2d_dgrad_rows_kernel(
+    dy_ptr, y_ptr, coef_ptr,  # as above
+    w_ptr,  # [R, C, S*K]
+    g_ptr, add_ptr, x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,
+    parts_ptr,  # [strips, 3, C] float32, or None
+    H, W, P, Q, rows,  # rows: of a strip
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MAX_N: tl.constexpr,
+):  # fmt: skip
+    """Write a [rows, STRIP_WIDTH, BLOCK_N] strip of g, row by row, and its row of parts."""
+    tl.static_assert(R == 3)
+    BLOCK_J: tl.constexpr = fit(128, S * K)
+    tl.static_assert(BLOCK_J >= S * K)
+    BLOCK_N: tl.constexpr = fit(MAX_N, C)
+    TILES_N: tl.constexpr = triton.cdiv(C, BLOCK_N)
+    NORM: tl.constexpr = norm_ptr is not None
+    RESIDUAL: tl.constexpr = residual_ptr is not None
+    RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
+    COEF: tl.constexpr = coef_ptr is not None
+    SUMS: tl.constexpr = parts_ptr is not None
+    tiles_h = (H + rows - 1) // rows
+    tiles_w = (W + STRIP_WIDTH - 1) // STRIP_WIDTH
+
+    # c fastest, then w, h, n: programs that share pixels or halos run at about the same time.
+    pid = tl.program_id(0)
+    strip = pid // TILES_N
+    w0 = strip % tiles_w * STRIP_WIDTH
+    h0 = strip // tiles_w % tiles_h * rows
+    n = (strip // tiles_w // tiles_h).to(tl.int64)  # N*H*W*C may pass 2**31
+    height = tl.minimum(rows, H - h0)  # of this strip
+
+    offs_q = tl.arange(0, STRIP_WIDTH)
+    offs_j = tl.arange(0, BLOCK_J)
+    c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_j = offs_j < S * K
+    mask_n = c < C
+    s = offs_j // K
+    k = offs_j % K
+
+    offs_w = c[None, :] * (S * K) + offs_j[:, None]
+    mask_wt = mask_j[:, None] & mask_n[None, :]
+    wt0 = tl.load(w_ptr + offs_w, mask=mask_wt, other=0.0)
+    wt1 = tl.load(w_ptr + C * S * K + offs_w, mask=mask_wt, other=0.0)
+    wt2 = tl.load(w_ptr + 2 * C * S * K + offs_w, mask=mask_wt, other=0.0)
+    if WIDEN:
+        wt0 = wt0.to(tl.float32)
+        wt1 = wt1.to(tl.float32)
+        wt2 = wt2.to(tl.float32)
+    mean_y, coef_a, coef_b, coef_d = 0.0, 0.0, 0.0, 0.0
+    if COEF:
+        mean_y, coef_a, coef_b, coef_d = load_coefficients(coef_ptr, k, mask_j, K)
+    mean, scale, shift, mean_r, scale_r, shift_r = _norms(norm_ptr, residual_norm_ptr, c, mask_n, C)
+
+    # Both bases advance by a row a step; g's lags by the rows of dy that it still waits for.
+    base_dy = ((n * P + h0 + PAD_H - 2) * Q + w0 + PAD_W) * K
+    base_g = ((n * H + h0 - 2) * W + w0) * C
+    q = w0 + PAD_W + offs_q[:, None] - s[None, :]
+    mask_window = (q >= 0) & (q < Q) & mask_j[None, :]
+    offs_dy = offs_q[:, None] * K + (k - s * K)[None, :]
+    mask_g = (w0 + offs_q < W)[:, None] & mask_n[None, :]
+    offs_g = offs_q[:, None] * C + c[None, :]
+
+    sum_g = tl.zeros((STRIP_WIDTH, BLOCK_N), dtype=tl.float32)  # a sum a lane; they meet at the end
+    sum_gx = tl.zeros((STRIP_WIDTH, BLOCK_N), dtype=tl.float32)
+    sum_gr = tl.zeros((STRIP_WIDTH, BLOCK_N), dtype=tl.float32)
+    acc1 = tl.zeros((STRIP_WIDTH, BLOCK_N), dtype=tl.float32)  # a row of dz that has met r = 2
+    acc2 = tl.zeros((STRIP_WIDTH, BLOCK_N), dtype=tl.float32)  # the row above it, also r = 1
+    for step in range(height + 2):
+        p = h0 + PAD_H - 2 + step
+        dy = load_dy(
+            dy_ptr + base_dy, y_ptr + base_dy if COEF else y_ptr,
+            offs_dy, mask_window & (p >= 0) & (p < P), mean_y, coef_a, coef_b, coef_d, COEF,
+        )  # fmt: skip
+        if WIDEN:
+            dy = dy.to(tl.float32)
+        acc = tl.dot(dy, wt0, acc2, input_precision=PRECISION)
+        acc2 = tl.dot(dy, wt1, acc1, input_precision=PRECISION)
+        acc1 = tl.dot(dy, wt2, input_precision=PRECISION)
+
+        # The first two steps finish rows of the strip above, which writes them.
+        g, gx, gr = _finish(
+            acc, offs_g, mask_g & (step > 1), base_g, g_ptr, add_ptr, x_ptr, residual_ptr,
+            mean, scale, shift, mean_r, scale_r, shift_r,
+            NORM, RESIDUAL_NORM, ACT, SLOPE, SUMS,
+        )  # fmt: skip
+        if SUMS:
+            sum_g += g
+            sum_gx += gx
+            if RESIDUAL:
+                sum_gr += gr
+        base_dy += Q * K
+        base_g += W * C
+    if SUMS:
+        _store_sums(
+            parts_ptr, strip.to(tl.int64), c, mask_n,
+            tl.sum(sum_g, 0), tl.sum(sum_gx, 0), tl.sum(sum_gr, 0), C, RESIDUAL,
+        )  # fmt: skip
+
+
 @autotune(DEPTHWISE_CONFIGS, key=["C", "K", "R", "S", "STRIDE_W", "TILE_Q", "ACT"])
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:-1])
 def conv2d_dgrad_depthwise_kernel(
     dy_ptr, y_ptr, coef_ptr,  # as above; GROUPS = C
     w_ptr,  # [R, S, K]
@@ -423,11 +581,16 @@ def conv2d_dgrad_depthwise_kernel(
         w = w0 + offs_q * STRIDE_W + b
         mask_g = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & mask_n[None, :]
         base_g = ((n * H + h0) * W + w0) * C
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + c, mask=mask_n, other=0.0).to(tl.float32)
+        # Norms are loaded for each tile: to keep them would take registers from the product.
+        mean, scale, shift, mean_r, scale_r, shift_r = _norms(
+            norm_ptr, residual_norm_ptr, c, mask_n, C
+        )
         g, gx, gr = _finish(
-            acc, offs_g, mask_g, c, mask_n, g_ptr + base_g, bias_ptr,
-            add_ptr + base_g if add_ptr is not None else None,
-            x_ptr + base_g if x_ptr is not None else None, norm_ptr,
-            residual_ptr + base_g if RESIDUAL else None, residual_norm_ptr, C, ACT, SLOPE, SUMS,
+            acc, offs_g, mask_g, base_g, g_ptr, add_ptr, x_ptr, residual_ptr,
+            mean, scale, shift, mean_r, scale_r, shift_r,
+            norm_ptr is not None, residual_norm_ptr is not None, ACT, SLOPE, SUMS,
         )  # fmt: skip
         if SUMS:
             sum_g += tl.sum(g, 0)
@@ -462,11 +625,13 @@ def conv2d_dgrad_variant(
     """Return the input gradient of an R x R convolution, to compile ahead of time.
 
     dtype is "fp32", "fp16" or "bf16"; coef, norm, residual (with a norm of its own), bias and add
-    say what takes part. A configuration of DEPTHWISE_CONFIGS asks for that kernel.
+    say what takes part. A configuration of DEPTHWISE_CONFIGS or ROWS_CONFIGS asks for that kernel.
     """
     kernel = conv2d_dgrad_kernel
     if config in DEPTHWISE_CONFIGS:
         kernel = conv2d_dgrad_depthwise_kernel
+    elif config in ROWS_CONFIGS:
+        kernel = conv2d_dgrad_rows_kernel
     present = {
         "dy_ptr": dtype,
         "y_ptr": dtype if coef else None,
@@ -488,7 +653,7 @@ def conv2d_dgrad_variant(
     constexprs |= {"ACT": act, "SLOPE": 0.01, "TILE_Q": tile_q}
     constexprs |= {"PRECISION": precision, "WIDEN": False}
     names = kernel.fn.arg_names
-    signature = {name: f"*{type_}" for name, type_ in present.items() if type_}
-    signature |= {name: "i32" for name in ("N", "H", "W", "P", "Q", "strips") if name in names}
+    signature = {name: f"*{type_}" for name, type_ in present.items() if type_ and name in names}
+    signature |= {name: "i32" for name in SIZES if name in names}
     constexprs = {name: value for name, value in constexprs.items() if name in names}
     return Variant(kernel, signature, constexprs, config)

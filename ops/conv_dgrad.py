@@ -220,40 +220,49 @@ def launch(
     (N, C, H, W), (_, K, P, Q), (_, CG, R, S) = p.x.shape, g.shape, weight.shape
     stride, padding, dilation = map(tuple, (geometry.stride, geometry.padding, geometry.dilation))
     groups = geometry.groups
-    phases = stride[0] * stride[1]
-    rows, columns = kernels.phase_size(H, W, stride, padding)
-    strips = kernels.conv2d_dgrad_strips(N * rows * columns, phases)
-    result = empty_image(g, p.x.shape)
-    parts = None
-    if sums:
-        parts = g.new_empty((strips * phases, 3, C), dtype=torch.float32)
     x = None if plain or not (sums or p.act != "none") else p.x
     norm, residual, residual_norm = (
         (None, None, None) if x is None else (p.norm, p.residual, p.residual_norm)
     )
-    depthwise = CG == 1 and groups > 1
-    arguments = (
-        dense(g), dense(y), _table(coef),
-        _taps(weight) if depthwise else _windows(weight, stride[1], dilation[1], groups),
-        result, _table(bias), dense(add), dense(x), _table(norm), dense(residual),
-        _table(residual_norm), parts, N, H, W, P, Q, strips,
+    images = (
+        dense(add), dense(x), _table(norm), dense(residual), _table(residual_norm),
     )  # fmt: skip
+    source = dense(g), dense(y), _table(coef)
+    depthwise = CG == 1 and groups > 1
+    rolls = (stride, dilation, groups, bias) == ((1, 1), (1, 1), 1, None)
+    rolls = rolls and kernels.conv2d_dgrad_rolls(C, K, (R, S), g.itemsize)
     constants = {
-        "C": C, "K": K, "R": R, "S": S, "STRIDE_H": stride[0], "STRIDE_W": stride[1],
-        "PAD_H": padding[0], "PAD_W": padding[1], "DIL_H": dilation[0], "DIL_W": dilation[1],
+        "C": C, "K": K, "R": R, "S": S, "PAD_H": padding[0], "PAD_W": padding[1],
         "ACT": p.act, "SLOPE": p.slope if p.act == "leaky_relu" else 0.0,
-        "TILE_Q": kernels.tile_width(rows, columns),
     }  # fmt: skip
-    grid = kernels.conv2d_dgrad_grid(C, S, stride, dilation, groups, strips)
+    if rolls:
+        kernel, phases = kernels.conv2d_dgrad_rows_kernel, 1
+        rows = kernels.conv2d_dgrad_rows(N, H, W)
+        strips = kernels.conv2d_dgrad_rows_strips(N, H, W, rows)
+        grid = kernels.conv2d_dgrad_rows_grid(C, strips)
+        sizes = H, W, P, Q, rows
+    else:
+        kernel, phases = kernels.conv2d_dgrad_kernel, stride[0] * stride[1]
+        rows, columns = kernels.phase_size(H, W, stride, padding)
+        strips = kernels.conv2d_dgrad_strips(N * rows * columns, phases)
+        grid = kernels.conv2d_dgrad_grid(C, S, stride, dilation, groups, strips)
+        sizes = N, H, W, P, Q, strips
+        images = (_table(bias), *images)
+        constants |= {
+            "STRIDE_H": stride[0], "STRIDE_W": stride[1], "DIL_H": dilation[0],
+            "DIL_W": dilation[1], "TILE_Q": kernels.tile_width(rows, columns),
+        }  # fmt: skip
+    if depthwise:
+        kernel, weight = kernels.conv2d_dgrad_depthwise_kernel, _taps(weight)
+    else:
+        weight = _windows(weight, stride[1], dilation[1], groups)
+        tf32 = g.dtype == torch.float32 and tf32_allowed()
+        constants |= {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreting()}
+        constants |= {} if rolls else {"GROUPS": groups}
+    result = empty_image(g, p.x.shape)
+    parts = g.new_empty((strips * phases, 3, C), dtype=torch.float32) if sums else None
     with torch.cuda.device_of(g):  # triton launches on the current device
-        if depthwise:
-            kernels.conv2d_dgrad_depthwise_kernel[grid](*arguments, **constants)
-        else:
-            tf32 = g.dtype == torch.float32 and tf32_allowed()
-            kernels.conv2d_dgrad_kernel[grid](
-                *arguments, **constants, GROUPS=groups,
-                PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
-            )  # fmt: skip
+        kernel[grid](*source, weight, result, *images, parts, *sizes, **constants)
     return result, merge_sums_triton(parts) if sums else g.new_empty(0, dtype=torch.float32)
 
 
@@ -264,7 +273,8 @@ def _windows(weight: torch.Tensor, stride: int, dilation: int, groups: int) -> t
     K, CG, R, S = weight.shape
     step = step_of(stride, dilation)
     taps = -(-S // step)
-    weight = F.pad(weight, (0, taps * step - S))
+    if S % step:
+        weight = F.pad(weight, (0, taps * step - S))
     weight = weight.reshape(groups, K // groups, CG, R, taps, step)
     return weight.permute(3, 5, 0, 2, 4, 1).contiguous()
 

@@ -285,17 +285,20 @@ def configurations():
     from fullres.kernels import dgrad
 
     return [
-        *((dgrad.conv2d_dgrad_kernel, c, 1) for c in dgrad.CONFIGS),
-        *((dgrad.conv2d_dgrad_depthwise_kernel, c, 80) for c in dgrad.DEPTHWISE_CONFIGS),
+        *((dgrad.conv2d_dgrad_kernel, c, {"C": 80, "K": 160}) for c in dgrad.CONFIGS),
+        *((dgrad.conv2d_dgrad_rows_kernel, c, {"C": 24, "K": 16}) for c in dgrad.ROWS_CONFIGS),
+        *(
+            (dgrad.conv2d_dgrad_depthwise_kernel, c, {"C": 80, "K": 160, "groups": 80})
+            for c in dgrad.DEPTHWISE_CONFIGS
+        ),
     ]
 
 
-@pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=["dense", "strided"])
-def test_every_configuration_computes_the_formula(stride, rng, interpreted, poisoned):
+def test_every_configuration_computes_the_formula(rng, interpreted, poisoned):
     from fullres.kernels._tune import pinned
 
-    for kernel, config, groups in configurations():
-        case = Case(C=80, K=160, H=3, W=19, groups=groups, stride=stride, **FUSED)
+    for kernel, config, changes in configurations():
+        case = Case(H=3, W=19, **changes, **FUSED)
         given = arguments(case, torch.float16, rng)
         with pinned(kernel, config):
             assert_close(conv2d_dgrad_triton(*given), given)
@@ -306,13 +309,45 @@ def test_every_configuration_computes_the_formula(stride, rng, interpreted, pois
 def test_any_number_of_strips_covers_each_pixel_once(strips, changes, rng, interpreted, poisoned):
     # 40 are more than there are tiles: the rest still write their row of sums.
     given = arguments(Case(N=2, H=9, W=17, **changes, **FUSED), torch.float32, rng)
-    with patch("fullres.kernels.dgrad.conv2d_dgrad_strips", return_value=strips):
+    with (
+        patch("fullres.kernels.dgrad.conv2d_dgrad_rolls", return_value=False),
+        patch("fullres.kernels.dgrad.conv2d_dgrad_strips", return_value=strips),
+    ):
+        assert_close(conv2d_dgrad_triton(*given), given)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 100])
+@pytest.mark.parametrize("changes", [{}, {"S": 4, "padding": (2, 0)}, {"padding": (0, 2)}])
+def test_strips_of_any_height_cover_each_pixel_once(rows, changes, rng, interpreted, poisoned):
+    case = Case(N=2, H=9, W=67, C=5, K=3, residual="plain", **changes, **FUSED)
+    given = arguments(case, torch.float32, rng)
+    with (
+        patch("fullres.kernels.dgrad.conv2d_dgrad_rows", return_value=rows),
+        patch("fullres.kernels.dgrad.conv2d_dgrad_kernel", None),  # the rows kernel is meant
+    ):
+        assert_close(conv2d_dgrad_triton(*given), given)
+
+
+@pytest.mark.parametrize("case", ["odd-sizes-across-tiles", "all", "sums-alone", "grey-image"])
+def test_shapes_of_the_rows_kernel_go_through_the_general_one_too(case, rng, interpreted, poisoned):
+    given = arguments(CASES[case], torch.float16, rng)
+    with (
+        patch("fullres.kernels.dgrad.conv2d_dgrad_rolls", return_value=False),
+        patch("fullres.kernels.dgrad.conv2d_dgrad_rows_kernel", None),
+    ):
         assert_close(conv2d_dgrad_triton(*given), given)
 
 
 def test_parts_stay_far_smaller_than_their_image():
-    from fullres.kernels.dgrad import conv2d_dgrad_strips
+    from fullres.kernels.dgrad import (
+        conv2d_dgrad_rows,
+        conv2d_dgrad_rows_strips,
+        conv2d_dgrad_strips,
+    )
 
+    for N, H, W in ((1, 1280, 2048), (8, 1280, 2048), (1, 50_000, 50_000), (64, 1000, 64)):
+        rows = conv2d_dgrad_rows_strips(N, H, W, conv2d_dgrad_rows(N, H, W))
+        assert 12 * rows <= 0.007 * 2 * N * H * W
     for pixels in (100, 10_000, 1280 * 2048, 8 * 1280 * 2048, 2**33):
         for phases in (1, 4, 16):
             rows = conv2d_dgrad_strips(pixels // phases, phases) * phases
@@ -595,6 +630,7 @@ def first_configurations():
 
     with (
         pinned(dgrad.conv2d_dgrad_kernel, dgrad.CONFIGS[0]),
+        pinned(dgrad.conv2d_dgrad_rows_kernel, dgrad.ROWS_CONFIGS[0]),
         pinned(dgrad.conv2d_dgrad_depthwise_kernel, dgrad.DEPTHWISE_CONFIGS[0]),
     ):
         yield
@@ -620,14 +656,15 @@ def test_device_computes_the_formula_in_every_configuration(dtype, rng):
     from fullres.kernels import dgrad
     from fullres.kernels._tune import pinned
 
-    for kernel, config, groups in configurations():
-        case = Case(N=2, C=80, K=160, H=19, W=67, groups=groups, **FUSED)
+    for kernel, config, changes in configurations():
+        case = Case(N=2, H=19, W=67, **changes, **FUSED)
         given = arguments(case, dtype, rng, "cuda")
         with pinned(kernel, config):
             try:
                 results = conv2d_dgrad_triton(*given)
             except OutOfResources:  # the tuner skips it; the first may not fail anywhere
-                assert config not in (dgrad.CONFIGS[0], dgrad.DEPTHWISE_CONFIGS[0])
+                firsts = dgrad.CONFIGS, dgrad.ROWS_CONFIGS, dgrad.DEPTHWISE_CONFIGS
+                assert all(config is not configs[0] for configs in firsts)
                 continue
         assert_close(results, given)
 
