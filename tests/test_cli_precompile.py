@@ -133,7 +133,7 @@ def test_what_a_small_network_launches_fits_the_device(tmp_path):
 
 def test_bench_refuses_what_it_does_not_have(fullres, tmp_path):
     code, _, err = fullres("bench", "kernels", "speed", "--out", tmp_path / "results")
-    assert code == 1 and "want benchmarks from kernels, memory, events; got speed" in err
+    assert code == 1 and re.search("want benchmarks from kernels, .*; got speed", err)
     assert not (tmp_path / "results").exists()
     code, _, err = fullres("bench", "kernels", "--out", __file__)
     assert code == 1 and "want out as a folder" in err
