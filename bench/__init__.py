@@ -1,3 +1,4 @@
 """Benchmarks: one module each, with run(out) -> rows; run by `fullres bench` and `make gpu`."""
 
-BENCHMARKS = ("kernels", "focal_loss", "memory", "events")  # what `fullres bench` knows, by module name
+# What `fullres bench` knows, by module name.
+BENCHMARKS = ("kernels", "focal_loss", "memory", "events")
