@@ -37,7 +37,15 @@ class Excuse:
     reason: str
 
 
-EXCUSES: list[Excuse] = []  # what ships beyond a limit, each with its reason
+EXCUSES: list[Excuse] = [  # what ships beyond a limit, each with its reason
+    *(
+        Excuse(
+            "conv2d_dgrad_rows_kernel", target, "spill_bytes", most, r"\bMAX_N=32\b",
+            "made for Hopper, which reads filters from shared memory; the tuner times it elsewhere",
+        )
+        for target, most in (("sm_80", 96), ("gfx942", 768))
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
