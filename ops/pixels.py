@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+LONGEST_STEP = (1 << 18) - 1  # elements: offsets in a tile of 4,096 pixels stay below 2**30
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -32,7 +34,9 @@ class Pixels:
 
 
 def pixels_of(*tensors: torch.Tensor, channels: Sequence[int | None]) -> Pixels | None:
-    """Return how the pixels of tensors lie, or None where three strides a tensor cannot tell.
+    """Return how the pixels of tensors lie, or None where kernels cannot follow them.
+
+    That is where three strides a tensor cannot tell, or where neighbours are `LONGEST_STEP` apart.
 
     Args:
         *tensors: of one shape, but for the channels; any strides.
@@ -59,4 +63,6 @@ def pixels_of(*tensors: torch.Tensor, channels: Sequence[int | None]) -> Pixels 
         return None
     merged += [(1, [0] * len(tensors))] * (3 - len(merged))
     (P, p), (H, h), (N, n) = merged
+    if max(p) > LONGEST_STEP:
+        return None
     return Pixels(N, H, P, tuple(zip(n, h, p, strict=True)))

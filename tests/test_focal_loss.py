@@ -575,6 +575,9 @@ def test_pixels_lie_as_their_strides_tell():
     assert pixels_of(*window, channels=(1, None)).strides == ((105, 7, 1), (35, 7, 1))
     odd = torch.empty(2, 3, 4, 5, 6)[:, :, ::2, ::2, ::2]
     assert pixels_of(odd, channels=(1,)) is None
+    with FakeTensorMode():  # neighbours so far apart that a tile's offsets pass int32
+        assert pixels_of(torch.empty(9, (1 << 18) - 1), channels=(1,)) is not None
+        assert pixels_of(torch.empty(9, 1 << 18), channels=(1,)) is None
     assert pixels_of(planar[:0], channels=(1,)).count == 0
 
 
