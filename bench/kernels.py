@@ -84,6 +84,7 @@ def _predict(layers: dict[Layer, Counter], out: Path, seconds: float | None) -> 
         late = seconds is not None and time.monotonic() - begun > seconds
         if layer.name in COMPILED and not late:
             compiled += compile_rows([layer], BATCH, COMPILED_FOR, out / "compiled")
+    compiled = list({json.dumps(row): row for row in compiled}.values())  # layers share some
     shown = ("kernel", "registers", "spill_bytes", "shared_bytes", "wgmma", "mma_sync", "excess")
     print(table([{k: row[k] for k in (*shown, "variant")} for row in compiled]))
     save("kernels_compiled", compiled, out)
