@@ -29,6 +29,7 @@ Reduction = Literal["none", "mean", "sum", "weighted_mean"]
 Factors = float | Sequence[float] | torch.Tensor
 
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+MOST_CLASSES = 1024  # of a pixel, which the kernels hold in registers; beyond, blocks serve
 MOST_COUNTED = 32  # classes: a program keeps a matrix of them in shared memory
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -356,7 +357,7 @@ def focal_loss_forward_triton(
     focal = Focal(alpha, weight, gamma, smoothing, ignore_index)
     _check(logits, labels, focal, confusion)
     lie = pixels_of(logits, labels, channels=(1, None))
-    if lie is None or logits.dtype == torch.float64:
+    if lie is None or not _on_kernels(logits):
         return _forward_in_blocks(logits, labels, focal, by_class, pixels, confusion)
     from ..kernels import focal_loss as kernels  # here: importing ops must not need triton
     from .norm import merge_sums_triton
@@ -438,7 +439,7 @@ def focal_loss_backward_triton(
     dlogits = torch.empty_like(logits)
     tensors = [logits, dlogits, labels, *([] if dloss is None else [dloss])]
     lie = pixels_of(*tensors, channels=(1, 1, None, None)[: len(tensors)])
-    if lie is None or logits.dtype == torch.float64:
+    if lie is None or not _on_kernels(logits):
         return _backward_in_blocks(logits, labels, focal, detach, scale, dloss)
     from ..kernels import focal_loss as kernels
 
@@ -461,6 +462,10 @@ def _(logits, labels, alpha, weight, gamma, smoothing, ignore_index, detach, sca
     focal = Focal(alpha, weight, gamma, smoothing, ignore_index)
     _check_backward(logits, labels, focal, scale, dloss)
     return torch.empty_like(logits)
+
+
+def _on_kernels(logits: torch.Tensor) -> bool:
+    return logits.dtype != torch.float64 and logits.shape[1] <= MOST_CLASSES
 
 
 def _forward_in_blocks(logits, labels, focal, by_class, pixels, confusion):

@@ -435,6 +435,7 @@ SHAPES = {
     "anchors": (300, 5),
     "hundreds-of-classes": (3, 150, 2, 3),
     "a-thousand-classes": (20, 1000),
+    "more-classes-than-registers": (3, 1025),
     "several-tiles": (1, 3, 40, 60),
 }
 
