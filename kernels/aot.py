@@ -45,6 +45,13 @@ EXCUSES: list[Excuse] = [  # what ships beyond a limit, each with its reason
         )
         for target, most in (("sm_80", 96), ("gfx942", 768))
     ),
+    *(
+        Excuse(
+            "conv2d_dgrad_kernel", target, "spill_bytes", 1088, r"\bMAX_N=128\b",
+            "the widest tile, for products with a short epilogue; the tuner times narrower ones too",
+        )
+        for target in TARGETS
+    ),
 ]  # fmt: skip
 
 

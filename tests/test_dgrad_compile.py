@@ -34,6 +34,7 @@ CASES = {  # name: dtype, C, K, R, options
     "5x5-16-16-fused": ("bf16", 16, 16, 5, FUSED),
     "256-256-plain": ("bf16", 256, 256, 3, {}),
     "256-256-plain-config2": ("bf16", 256, 256, 3, {"config": CONFIGS[2]}),
+    "128-128-residual-add-config2": ("bf16", 128, 128, 3, {**ALL, "config": CONFIGS[2]}),
     "1x1-64-256-fused": ("bf16", 64, 256, 1, FUSED),
     "3x3-stride-2-64-128-fused": ("bf16", 64, 128, 3, {"stride": 2, **FUSED}),
     "2x2-stride-2-16-32-transposed": (
