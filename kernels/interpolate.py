@@ -93,7 +93,7 @@ def _first(h, inverse, offset, NEAREST: tl.constexpr):
     else:
         begin = h.to(tl.float32) - 1.0 - offset * UNIT
         first = tl.floor(begin * inverse)
-    return first.to(tl.int32)
+    return tl.maximum(first.to(tl.int32), 0)
 
 
 @triton.jit

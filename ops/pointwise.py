@@ -212,6 +212,19 @@ def prologue_backward_triton(
     return g, merge_sums_triton(parts[:programs]) if sums else total
 
 
+def enlarged_gradient_triton(dz: torch.Tensor) -> torch.Tensor:
+    """Return the gradient [N, C, H, W] of what was enlarged twice, from dz [N, C, 2H, 2W]."""
+    from ..kernels.pointwise import prologue_backward_kernel
+
+    N, C, H, W = dz.shape
+    dx = empty_image(dz, [N, C, H // 2, W // 2])
+    _launch(
+        prologue_backward_kernel, dx, (dense(dz), *[None] * 5, dx, None), dx.shape[2:],
+        ACT="none", SLOPE=0.0, RESAMPLE="up2",
+    )  # fmt: skip
+    return dx
+
+
 @prologue_backward.register_fake
 def _(dz, add, x, norm, residual, residual_norm, act, slope, resample, sums):
     p = Prologue(x, norm, residual, residual_norm, act, slope, resample)

@@ -604,7 +604,7 @@ def _pair(name: str, value: int | Sequence[int]) -> list[int]:
     pair = list(value) if isinstance(value, list | tuple) else [value]
     numbers = all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in pair)
     wanted = "an int, or one for rows and one for columns"
-    want(len(pair) in (1, 2) and numbers, name, wanted, repr(value))
+    want(len(pair) in (1, 2) and numbers, name, wanted, value)
     return pair * 2 if len(pair) == 1 else pair
 
 
