@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .dispatch import tf32_allowed
+from .cudnn import as_ours
+from .dispatch import Shape, implementation, tf32_allowed
 from .fuse import Prologue, gradient_reference, prologue_reference, resampled_size
 from .geometry import (
     Geometry,
@@ -15,6 +16,7 @@ from .geometry import (
     dense,
     want,
 )
+from .pointwise import normalised_gradient_triton, prologue_triton
 
 
 @torch.library.custom_op("fullres::conv2d_wgrad", mutates_args=(), device_types="cpu")
@@ -125,16 +127,67 @@ def conv2d_wgrad_triton(
     groups: int,
     bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return conv2d_wgrad by Triton: on a GPU, or on the CPU while kernels are interpreted."""
+    """Return conv2d_wgrad by Triton: on a GPU, or on the CPU while kernels are interpreted.
+
+    Where `dispatch` says so, torch's convolution takes the product, after passes of ours; its dw
+    is rounded to x's dtype on the way, and its sums are as exact as that library makes them.
+    """
+    prologue = Prologue(x, norm, residual, residual_norm, act, slope, resample)
+    _check(prologue, g, y, coef, weight_shape, stride, padding, dilation, groups)
+    if not x.shape[0]:
+        dw, db = _empty_results(x, weight_shape, bias)
+        return dw.zero_(), db.zero_()
+    geometry = Geometry(weight_shape, stride, padding, dilation, groups)
+    shape = Shape(
+        "wgrad", x.dtype, x.shape[1], weight_shape[0], tuple(weight_shape[2:]), tuple(stride),
+        tuple(dilation), groups,
+    )  # fmt: skip
+    if implementation(shape, x.device) == "cudnn":
+        return _by_torch(prologue, g, y, coef, geometry, bias)
+    return _launch(prologue, g, y, coef, geometry, bias)
+
+
+def _by_torch(
+    p: Prologue,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    geometry: Geometry,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return conv2d_wgrad by torch's convolution, of z and dy as passes of ours write them."""
+    z = dense(p.x)
+    if not (p.norm is None and p.residual is None and p.act == p.resample == "none"):
+        z = prologue_triton(p.x, p.norm, p.residual, p.residual_norm, p.act, p.slope, p.resample)
+    dy = dense(g) if coef is None else normalised_gradient_triton(g, y, coef)
+    weight = dy.new_empty(()).expand(list(geometry.weight_shape))  # its shape alone counts
+    dw, db = _empty_results(p.x, geometry.weight_shape, bias)
+    with torch.autocast(g.device.type, enabled=False), as_ours():
+        gradient = torch.ops.aten.convolution_backward(
+            dy, z, weight, None, geometry.stride, geometry.padding, geometry.dilation,
+            False, [0, 0], geometry.groups, [False, True, False],
+        )[1]  # fmt: skip
+    dw.copy_(gradient)
+    if bias:
+        db.copy_(dy.sum((0, 2, 3), dtype=db.dtype))
+    return dw, db
+
+
+def _launch(
+    p: Prologue,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    geometry: Geometry,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return conv2d_wgrad by our kernels."""
     from ..kernels import wgrad as kernels  # here: importing ops must not need triton
     from ..kernels._tune import interpreting
 
-    prologue = Prologue(x, norm, residual, residual_norm, act, slope, resample)
-    _check(prologue, g, y, coef, weight_shape, stride, padding, dilation, groups)
-    (N, C, H, W), (_, K, P, Q), (_, CG, R, S) = x.shape, g.shape, weight_shape
-    if not N:
-        dw, db = _empty_results(x, weight_shape, bias)
-        return dw.zero_(), db.zero_()
+    (N, C, H, W), (_, K, P, Q), (_, CG, R, S) = p.x.shape, g.shape, geometry.weight_shape
+    stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
+    x, groups = p.x, geometry.groups
 
     def table(t: torch.Tensor | None) -> torch.Tensor | None:
         return None if t is None else t.contiguous()
@@ -149,13 +202,13 @@ def conv2d_wgrad_triton(
     dw = torch.empty((splits, K, R, S, CG), dtype=torch.float32, device=x.device)
     db = torch.empty((splits, K), dtype=torch.float32, device=x.device) if bias else None
     arguments = (
-        dense(x), table(norm), dense(residual), table(residual_norm), dense(g), dense(y),
+        dense(x), table(p.norm), dense(p.residual), table(p.residual_norm), dense(g), dense(y),
         table(coef), dw, db, N, H, W, P, Q, splits,
     )  # fmt: skip
     constants = {
         "C": C, "K": K, "R": R, "S": S, "STRIDE_H": stride[0], "STRIDE_W": stride[1],
         "PAD_H": padding[0], "PAD_W": padding[1], "DIL_H": dilation[0], "DIL_W": dilation[1],
-        "ACT": act, "SLOPE": slope if act == "leaky_relu" else 0.0, "RESAMPLE": resample,
+        "ACT": p.act, "SLOPE": p.slope if p.act == "leaky_relu" else 0.0, "RESAMPLE": p.resample,
         "TILE_Q": kernels.tile_width(P, Q),
     }  # fmt: skip
     with torch.cuda.device_of(x):  # triton launches on the current device

@@ -118,7 +118,7 @@ def wgrad_arguments(given):
 def assert_close(results, given, apart=False):
     """As the two gradients' own tests: allowances by formula about float64."""
     dgrad.assert_close(results[:2], dgrad_arguments(given), apart=apart)
-    wgrad.assert_close(results[2:], wgrad_arguments(given))
+    wgrad.assert_close(results[2:], wgrad_arguments(given), apart=apart)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fullres.ops import dispatch
 from fullres.ops.conv_wgrad import conv2d_wgrad, conv2d_wgrad_triton
 from fullres.ops.fuse import Prologue, gradient_reference, prologue_reference
 
@@ -135,13 +136,14 @@ def product(z, dy, arguments):
     return torch.autograd.grad(out, weight, dy)[0]
 
 
-def assert_close(results, arguments, unit=None):
+def assert_close(results, arguments, unit=None, apart=False):
     """Each sum of n terms may be off by four deviations of the random walk of n roundings.
 
     That is 4 * sqrt(n) float32 units (or `unit`, that of the products) of the terms' root sum of
     squares: generous, for sums are shorter than n. Where z and dy are computed, a step of
     either's last digit may go the other way, and the interpreter truncates to bfloat16: a unit of
     the dtype a factor, of the sum for the bias of truncation, and four deviations of the walk.
+    Where torch's convolution computes dw (`apart`) it is rounded to the dtype besides.
     """
     arguments = [t.cpu() if torch.is_tensor(t) else t for t in arguments]
     x, norm, residual, _, act, _, resample, g, _, coef, *_, bias = arguments
@@ -162,8 +164,9 @@ def assert_close(results, arguments, unit=None):
             assert got.shape == (0,)
             continue
         assert got.dtype == torch.promote_types(x.dtype, torch.float32), name
+        rounded = step * (apart and name == "dw")
         error = (got.cpu().double() - want).abs()
-        allowed = 4 * (accumulated + inexact) * squares.sqrt() + inexact * want.abs()
+        allowed = 4 * (accumulated + inexact) * squares.sqrt() + (inexact + rounded) * want.abs()
         excess = (error / allowed.clamp_min(1e-300)).max()
         assert excess <= 1, f"{name}: {excess:.2f} times the allowance"
 
@@ -198,6 +201,35 @@ def test_kernel_computes_the_formula(case, dtype, rng, interpreted, poisoned):
     dw, db = conv2d_wgrad_triton(*given)
     assert dw.is_contiguous(memory_format=torch.channels_last)
     assert_close((dw, db), given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["all", "depthwise-fused", "pooled-odd", "residual", "one-pixel"])
+def test_torchs_convolution_in_place_of_the_product(case, dtype, rng, interpreted, poisoned):
+    given = arguments(CASES[case], dtype, rng)
+    refusal = patch("fullres.ops.conv_wgrad._launch", side_effect=AssertionError)
+    with dispatch.prefer("cudnn"), refusal, torch.autocast("cpu", torch.bfloat16):
+        results = conv2d_wgrad_triton(*given)
+    for got, want in zip(results, conv2d_wgrad(*given), strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
+    assert_close(results, given, apart=True)
+
+
+def test_torchs_convolution_is_deterministic_where_it_takes_the_product(rng, interpreted):
+    given = arguments(CASES["all"], torch.float32, rng)
+    seen = []
+
+    def convolution_backward(*given):
+        seen.append(torch.backends.cudnn.deterministic)
+        return real(*given)
+
+    real = torch.ops.aten.convolution_backward
+    with (
+        dispatch.prefer("cudnn"),
+        patch.object(torch.ops.aten, "convolution_backward", convolution_backward),
+    ):
+        conv2d_wgrad_triton(*given)
+    assert seen == [True] and not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.parametrize("ranges", [2, 3, 40])
