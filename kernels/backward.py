@@ -63,12 +63,9 @@ import triton.language as tl
 from ._tune import autotune
 from .aot import Variant
 from .fuse import activate, activate_backward, load_coefficients, load_dy, load_norm
-from .wgrad import CHAIN, PROGRAMS, conv2d_wgrad_blocks, conv2d_wgrad_splits, fit
+from .strips import MOST_PIXELS, MOST_ROWS, strip_rows, strips, tile_pixels
 from .wgrad import CONFIGS as WGRAD_CONFIGS
-
-MOST_PIXELS = 128  # of a tile, in any configuration
-MOST_ROWS = CHAIN // MOST_PIXELS  # of a strip: no sum over it may be longer than CHAIN
-FEWEST_ROWS = 16  # below, the two rows of dy that a strip adds cost more than idle processors
+from .wgrad import PROGRAMS, conv2d_wgrad_blocks, conv2d_wgrad_splits, fit
 
 
 def _config(VALUES, **options):
@@ -94,19 +91,6 @@ PIXELS_CONFIGS = [
     _config(2048, num_warps=8, num_stages=2),
     _config(4096, num_warps=8, num_stages=2),  # at 64 channels for Hopper
 ]
-
-
-@triton.constexpr_function
-def tile_pixels(VALUES: int, C: int, K: int, bits: int) -> int:
-    """Return how many pixels a tile has in this configuration: of a strip, its columns."""
-    return max(16, min(MOST_PIXELS, VALUES * 16 // bits // fit(64, max(C, K))))
-
-
-def strip_rows(N: int, H: int, W: int) -> int:
-    """Return how many rows a strip of the rows kernel has: of one column of them equally many."""
-    columns = N * triton.cdiv(W, 64)
-    rows = max(FEWEST_ROWS, min(MOST_ROWS, columns * H // PROGRAMS))
-    return triton.cdiv(H, triton.cdiv(H, rows))
 
 
 def range_pixels(M: int) -> int:
@@ -449,8 +433,7 @@ def conv2d_backward_programs(
     """Return how many programs share N x H x W pixels, in the configuration of these VALUES."""
     if R == 1:
         return triton.cdiv(N * H * W, range_pixels(N * H * W))
-    columns = tile_pixels(VALUES, C, K, 8 * itemsize)
-    return N * triton.cdiv(H, strip_rows(N, H, W)) * triton.cdiv(W, columns)
+    return strips(N, H, W, strip_rows(N, H, W), tile_pixels(VALUES, C, K, 8 * itemsize))
 
 
 def conv2d_backward_bytes(

