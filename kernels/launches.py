@@ -117,7 +117,10 @@ def compile_launch(launch: Launch) -> Report:
     while not isinstance(kernel, JITFunction):
         kernel = kernel.fn
     with posing_as(launch.target):
-        return report_of(kernel.preload(launch.description), launch.target)
+        compiled = kernel.preload(launch.description)
+        # Else a later recording in this process would find it compiled, and not record it.
+        kernel.device_caches.pop(triton.runtime.driver.active.get_current_device(), None)
+    return report_of(compiled, launch.target)
 
 
 def build(

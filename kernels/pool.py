@@ -29,7 +29,7 @@ from .pointwise import block_c, block_m, pixels
 CONFIGS = [  # the first must fit every supported device: tests and the interpreter pin it
     triton.Config({"ELEMENTS": 1024}, num_warps=4),  # 16 bytes a lane of 2-byte elements
     triton.Config({"ELEMENTS": 2048}, num_warps=8),
-    triton.Config({"ELEMENTS": 512}, num_warps=4),  # and of 4-byte ones
+    triton.Config({"ELEMENTS": 2048}, num_warps=4),  # the same on AMD, of 64 lanes a warp
 ]
 PARTS = 512  # of a large window, at most: their sum is a chain
 ACCUMULATED = 4096  # elements of a tile in window_sums_kernel
