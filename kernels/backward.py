@@ -172,7 +172,8 @@ def conv2d_backward_rows_kernel(
         mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, offs_c, mask_c, C)
         shift += shift_r
     if COEF:
-        mean_y, a, b, d = load_coefficients(coef_ptr, offs_k, mask_k, K)
+        # Of the fourth t all are 0: what they make of masked values may be no number of this type.
+        mean_y, a, b, d = load_coefficients(coef_ptr, offs_k + 0 * offs_t, mask_k & (offs_t < 3), K)
 
     offs_w = (k * 9 + 2 - t)[:, None] * C + offs_c[None, :]
     mask_w = mask_j[:, None] & mask_c[None, :]
