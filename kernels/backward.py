@@ -24,23 +24,23 @@ D[pixel, j] of them is multiplied by the turned filter, D @ w -> dz[pixel, c], a
 left, D^T z -> dw[j, c]: the windows fill the depth of one product and the rows of the other, which
 tensor cores want in 64s.
 
-- conv2d_backward_rows_kernel, for 3x3: a program rolls down a strip of columns. A step
-  loads row p of windows and row p + 1 of x. Row p belongs to rows p - 1, p and p + 1 of z: three
-  rows of dz grow in registers, the finished one is activated backward and stored; three rows of z
-  meet D, into one accumulator a filter row. The two elder rows of z wait in registers; x of the
-  finished row is read again, from L1 or L2.
+- conv2d_backward_rows_kernel, for 3x3: a program rolls down a strip. A step loads row p of windows
+  and row p + 1 of x. Row p belongs to rows p - 1, p and p + 1 of z: three rows of dz grow in
+  registers, the finished one is activated backward and stored; three rows of z meet D, into one
+  accumulator a filter row. The two elder rows of z wait in registers; x of the finished row is read
+  again, from L1 or L2.
 - conv2d_backward_pixels_kernel, for 1x1: a program walks consecutive pixels; nothing waits.
 
 Bytes: a pass reads g, y, x (residual, add) and writes the gradient: (2K + 2C) elements a pixel
 where dgrad and wgrad apart move (4K + 3C), 4 T for 7 T at K = C. That leaves 6 T for a whole layer
-with its forward pass, not 9. What is read twice besides: two rows of dy a strip of up to MOST_ROWS,
-from DRAM or L2, and the windows' overlap of S, from L1 (from L2 where loads are asynchronous).
-Partial sums are R*S*C*K float32 a program, written and read: under 2% at 16 channels, 4% at 32.
+with its forward pass, not 9. What is read twice besides: two rows of dy a strip, from DRAM or L2,
+and the windows' overlap of S, from L1 (from L2 where loads are asynchronous). Partial sums are
+R*S*C*K float32 a program, written and read: 1% at 16 channels and CHAIN pixels, 2% at 32.
 
 Work: 4*R*S*C*K FLOP a pixel. At 2-byte elements and K = C = 16, 32, 64 that is 72, 144 and 288
 FLOP a byte. An H200 turns from memory to arithmetic at 184, so at 16 and 32 channels the roof is
 the copy's: 30 and 60 ps a pixel at 4.3 TB/s. At 64 it is the arithmetic's, 187 ps, which two passes
-(52 + 156 = 208 ps by their bytes, 187 by their work) reach just as well.
+(119 + 89 ps by their bytes, 93 each by their work) come near without.
 
 Registers, which decide where this is possible at all. A thread of 256 holds, for 3x3 at 16 channels
 and 64 columns, 12 accumulators of dw and 12 of dz, 16 values of windows, and up to 80 of norms and
@@ -63,9 +63,9 @@ import triton.language as tl
 from ._tune import autotune
 from .aot import Variant
 from .fuse import activate, activate_backward, load_coefficients, load_dy, load_norm
-from .strips import MOST_PIXELS, MOST_ROWS, strip_rows, strips, tile_pixels
+from .strips import MOST_PIXELS, rows_of_strip, strip_area, strip_rows, strips, tile_pixels
+from .wgrad import CHAIN, PROGRAMS, conv2d_wgrad_blocks, conv2d_wgrad_splits, fit
 from .wgrad import CONFIGS as WGRAD_CONFIGS
-from .wgrad import PROGRAMS, conv2d_wgrad_blocks, conv2d_wgrad_splits, fit
 
 
 def _config(VALUES, **options):
@@ -95,8 +95,7 @@ PIXELS_CONFIGS = [
 
 def range_pixels(M: int) -> int:
     """Return how many of M pixels a program of the 1x1 kernel takes, a multiple of MOST_PIXELS."""
-    tiles = max(1, min(MOST_ROWS, M // (MOST_PIXELS * PROGRAMS)))
-    return MOST_PIXELS * tiles
+    return MOST_PIXELS * max(1, min(CHAIN, M // PROGRAMS) // MOST_PIXELS)
 
 
 @triton.jit
@@ -126,7 +125,7 @@ def conv2d_backward_rows_kernel(
     x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,  # [N, H, W, C], [4, C] or None, both or None
     add_ptr, gradient_ptr,  # [N, H, W, C] or None, [N, H, W, C]
     sums_ptr, dw_ptr, db_ptr,  # parts: [T, 3, C] or None, [T, K, 3, 3, C], [T, K] or None, float32
-    H, W, rows,
+    H, W, area,  # of a strip, in pixels
     C: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     WIDEN: tl.constexpr,  # multiply in float32: for the interpreter, whose bfloat16 dot is wrong
@@ -146,6 +145,7 @@ def conv2d_backward_rows_kernel(
 
     pid = tl.program_id(0)
     tiles_q = (W + COLUMNS - 1) // COLUMNS
+    rows = rows_of_strip(H, area, COLUMNS)
     tiles_h = (H + rows - 1) // rows
     q0 = pid % tiles_q * COLUMNS
     h0 = pid // tiles_q % tiles_h * rows
@@ -434,7 +434,7 @@ def conv2d_backward_programs(
     """Return how many programs share N x H x W pixels, in the configuration of these VALUES."""
     if R == 1:
         return triton.cdiv(N * H * W, range_pixels(N * H * W))
-    return strips(N, H, W, strip_rows(N, H, W), tile_pixels(VALUES, C, K, 8 * itemsize))
+    return strips(N, H, W, strip_area(N, H, W), tile_pixels(VALUES, C, K, 8 * itemsize))
 
 
 def conv2d_backward_bytes(
@@ -448,7 +448,9 @@ def conv2d_backward_bytes(
     kernel = conv2d_backward_pixels_kernel if R == 1 else conv2d_backward_rows_kernel
     config = kernel.every_config[0].kwargs
     programs = conv2d_backward_programs(N, H, W, C, K, R, itemsize, **config)
-    twice = 1 if R == 1 else 1 + 2 / strip_rows(N, H, W)  # a strip's neighbours' rows
+    columns = tile_pixels(**config, C=C, K=K, bits=8 * itemsize)
+    # Two rows of a strip's neighbours.
+    twice = 1 if R == 1 else 1 + 2 / strip_rows(H, strip_area(N, H, W), columns)
     images = N * H * W * itemsize * (dy * K * twice + (z + others) * C)
     return int(images) + 8 * programs * R * R * C * K  # a part is written and read
 
@@ -505,7 +507,7 @@ def conv2d_backward_variant(
         "db_ptr": "fp32" if bias else None,
     }
     signature = {name: f"*{type_}" for name, type_ in present.items() if type_}
-    signature |= {name: "i32" for name in (("H", "W", "rows") if R == 3 else ("M", "pixels"))}
+    signature |= {name: "i32" for name in (("H", "W", "area") if R == 3 else ("M", "pixels"))}
     constexprs = {name: None for name, type_ in present.items() if not type_}
     constexprs |= {"C": C, "K": K, "ACT": act, "SLOPE": 0.01}
     constexprs |= {"PRECISION": precision, "WIDEN": False}

@@ -1,16 +1,17 @@
 """How kernels that roll down an image, a row a step, cut it into strips.
 
-A strip is as many columns as a tile of the configuration has pixels, and `strip_rows` rows. A
-program owns one, so no sum of one program is longer than CHAIN pixels (see wgrad.py).
+A program owns a strip: as many columns as a tile of its configuration has pixels, and as many rows
+as make `strip_area` pixels of them, at most CHAIN, so that no sum is longer (see wgrad.py). So the
+parts of sums that programs leave behind are equally many in every configuration, about.
 """
 
 import triton
+import triton.language as tl
 
 from .wgrad import CHAIN, PROGRAMS, fit
 
 MOST_PIXELS = 128  # of a tile, in any configuration
-MOST_ROWS = CHAIN // MOST_PIXELS  # of a strip
-FEWEST_ROWS = 16  # below, the two rows that a strip reads besides cost more than idle processors
+SMALLEST = 1024  # pixels of a strip: the two rows that it reads besides cost more below
 
 
 @triton.constexpr_function
@@ -19,13 +20,22 @@ def tile_pixels(VALUES: int, C: int, K: int, bits: int) -> int:
     return max(16, min(MOST_PIXELS, VALUES * 16 // bits // fit(64, max(C, K))))
 
 
-def strip_rows(N: int, H: int, W: int) -> int:
-    """Return how many rows a strip of N images has, every strip of a column equally many."""
-    columns = N * triton.cdiv(W, 64)
-    rows = max(FEWEST_ROWS, min(MOST_ROWS, columns * H // PROGRAMS))
-    return triton.cdiv(H, triton.cdiv(H, rows))
+def strip_area(N: int, H: int, W: int) -> int:
+    """Return how many pixels a strip of N images has at most: enough strips to fill a device."""
+    return max(SMALLEST, min(CHAIN, N * H * W // PROGRAMS))
 
 
-def strips(N: int, H: int, W: int, rows: int, pixels: int) -> int:
-    """Return how many strips of so many rows N images have, where a tile has so many pixels."""
-    return N * triton.cdiv(H, rows) * triton.cdiv(W, pixels)
+def strip_rows(H: int, area: int, columns: int) -> int:
+    """Return how many rows a strip has, every strip of a column equally many."""
+    return triton.cdiv(H, triton.cdiv(H, max(1, area // columns)))
+
+
+@triton.jit
+def rows_of_strip(H, area, COLUMNS: tl.constexpr):
+    """Return strip_rows, on the device."""
+    return tl.cdiv(H, tl.cdiv(H, tl.maximum(area // COLUMNS, 1)))
+
+
+def strips(N: int, H: int, W: int, area: int, columns: int) -> int:
+    """Return how many strips N images have."""
+    return N * triton.cdiv(H, strip_rows(H, area, columns)) * triton.cdiv(W, columns)

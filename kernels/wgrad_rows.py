@@ -32,7 +32,7 @@ import triton.language as tl
 from ._tune import autotune
 from .aot import Variant
 from .fuse import activate, load_coefficients, load_dy, load_norm
-from .strips import strip_rows, strips, tile_pixels
+from .strips import rows_of_strip, strip_area, strip_rows, strips, tile_pixels
 from .wgrad import CONFIGS as WGRAD_CONFIGS
 from .wgrad import conv2d_wgrad_splits, fit
 
@@ -65,7 +65,7 @@ def conv2d_wgrad_rows_kernel(
     x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,  # [N, H, W, C], [4, C] or None, both or None
     g_ptr, y_ptr, coef_ptr,  # [N, P, Q, K], as g or None, [4, K] or None
     dw_ptr, db_ptr,  # parts: [strips, K, 3, 3, C], [strips, K] or None, float32
-    H, W, P, Q, rows,
+    H, W, P, Q, area,  # of a strip, in pixels
     C: tl.constexpr, K: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
@@ -90,6 +90,7 @@ def conv2d_wgrad_rows_kernel(
     tile_k = pid % TILES_K
     strip = pid // TILES_K
     tiles_q = (Q + COLUMNS - 1) // COLUMNS
+    rows = rows_of_strip(P, area, COLUMNS)
     tiles_p = (P + rows - 1) // rows
     q0 = strip % tiles_q * COLUMNS
     p0 = strip // tiles_q % tiles_p * rows
@@ -198,7 +199,7 @@ def conv2d_wgrad_rows_strips(
     N: int, P: int, Q: int, C: int, K: int, itemsize: int, VALUES: int
 ) -> int:
     """Return how many strips the output has in the configuration of these VALUES."""
-    return strips(N, P, Q, strip_rows(N, P, Q), tile_pixels(VALUES, C, K, 8 * itemsize))
+    return strips(N, P, Q, strip_area(N, P, Q), tile_pixels(VALUES, C, K, 8 * itemsize))
 
 
 def conv2d_wgrad_rows_blocks(K: int) -> int:
@@ -220,7 +221,9 @@ def takes_rows(N: int, P: int, Q: int, C: int, K: int, itemsize: int, y: bool, r
     tiles_k = triton.cdiv(K, fit(most["MAX_K"], K))
     tiles_j = triton.cdiv(3 * C, fit(most["MAX_J"], 3 * C))
     z, dy = (1 + r) * 3 * C, (1 + y) * K
-    one = z * conv2d_wgrad_rows_blocks(K) * (1 + 2 / strip_rows(N, P, Q)) + dy
+    columns = tile_pixels(**rows, C=C, K=K, bits=8 * itemsize)
+    twice = 1 + 2 / strip_rows(P, strip_area(N, P, Q), columns)  # rows of a strip's neighbours
+    one = z * conv2d_wgrad_rows_blocks(K) * twice + dy
     general = 3 * (z * tiles_k + dy * tiles_j)
     # Parts are float32, written and read.
     parts = conv2d_wgrad_rows_strips(N, P, Q, C, K, itemsize, rows["VALUES"])
@@ -259,7 +262,7 @@ def conv2d_wgrad_rows_variant(
         "db_ptr": "fp32" if bias else None,
     }
     signature = {name: f"*{type_}" for name, type_ in present.items() if type_}
-    signature |= {name: "i32" for name in ("H", "W", "P", "Q", "rows")}
+    signature |= {name: "i32" for name in ("H", "W", "P", "Q", "area")}
     constexprs = {name: None for name, type_ in present.items() if not type_}
     constexprs |= {"C": C, "K": K, "PAD_H": 1, "PAD_W": 1, "ACT": act, "SLOPE": 0.01}
     constexprs |= {"PRECISION": precision, "WIDEN": False}

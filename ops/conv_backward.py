@@ -188,7 +188,7 @@ def _launch(
     dw = g.new_empty((most, K, R, S, C), dtype=torch.float32)
     db = g.new_empty((most, K), dtype=torch.float32) if bias else None
     M = N * H * W
-    sizes = (M, kernels.range_pixels(M)) if R == 1 else (H, W, kernels.strip_rows(N, H, W))
+    sizes = (M, kernels.range_pixels(M)) if R == 1 else (H, W, kernels.strip_area(N, H, W))
     tf32 = g.dtype == torch.float32 and tf32_allowed()
     with torch.cuda.device_of(g):  # triton launches on the current device
         kernel[lambda meta: (programs(meta),)](

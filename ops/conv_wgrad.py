@@ -212,7 +212,7 @@ def _launch_rows(
     with torch.cuda.device_of(g):  # triton launches on the current device
         kernel[lambda meta: (strips(meta) * kernels.conv2d_wgrad_rows_blocks(K),)](
             dense(p.x), _table(p.norm), dense(p.residual), _table(p.residual_norm),
-            dense(g), dense(y), _table(coef), dw, db, H, W, P, Q, kernels.strip_rows(N, P, Q),
+            dense(g), dense(y), _table(coef), dw, db, H, W, P, Q, kernels.strip_area(N, P, Q),
             C=C, K=K, PAD_H=geometry.padding[0], PAD_W=geometry.padding[1],
             ACT=p.act, SLOPE=p.slope if p.act == "leaky_relu" else 0.0,
             PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),

@@ -173,8 +173,8 @@ def test_each_pixel_counts_once_whatever_the_strips(rng, interpreted, poisoned):
     from fullres.kernels import backward
 
     given = arguments(Case(N=2, H=9, W=17, **ALL), torch.float32, rng)
-    for rows in (1, 4):
-        with one_pass(), patch.object(backward, "strip_rows", return_value=rows):
+    for area in (1, 128):
+        with one_pass(), patch.object(backward, "strip_area", return_value=area):
             assert_close(conv2d_backward_triton(*given), given)
     given = arguments(Case(N=2, H=29, W=17, R=1, **ALL), torch.float32, rng)
     for pixels in (128, 256):
@@ -270,7 +270,7 @@ def test_long_sums_that_cancel(dtype, rng, interpreted):
     given[5][:, :] = torch.tensor([1e2, 1.0, 0.0, 1.0])[:, None]
     given[0] += 1e2
     given = [t.to(dtype) if torch.is_tensor(t) and t.dim() == 4 else t for t in given]
-    with one_pass(), patch.object(backward, "strip_rows", return_value=128):
+    with one_pass(), patch.object(backward, "strip_area", return_value=8192):
         assert_close(conv2d_backward_triton(*given), given)
 
 

@@ -407,9 +407,9 @@ def test_rows_kernel_computes_the_formula_in_every_configuration(rng, interprete
     from fullres.kernels._tune import pinned
 
     for config in wgrad_rows.CONFIGS:
-        for rows in (1, 2, 4):
+        for area in (16, 300):  # of a row or two, or of all
             given = arguments(Case(C=5, K=16, H=4, W=140, **FUSED), torch.float16, rng)
-            cut = patch.object(wgrad_rows, "strip_rows", return_value=rows)
+            cut = patch.object(wgrad_rows, "strip_area", return_value=area)
             with rows_kernel(True), pinned(wgrad_rows.conv2d_wgrad_rows_kernel, config), cut:
                 assert_close(conv2d_wgrad_triton(*given), given)
 
@@ -442,14 +442,17 @@ def test_few_channels_take_the_rows_kernel():
     assert not takes(**{**full, "N": 4096, "P": 4, "Q": 4}, C=16, K=16)
 
 
-def test_strips_bound_the_length_of_a_sum():
+def test_strips_bound_the_length_of_a_sum_and_fill_a_device():
     strips = pytest.importorskip("fullres.kernels.strips")
     for N, H, W in ((1, 1, 1), (1, 50_000, 50_000), (8, 1280, 2048), (256, 17, 8), (1, 300, 301)):
-        rows = strips.strip_rows(N, H, W)
-        assert 1 <= rows <= H and rows * strips.MOST_PIXELS <= strips.CHAIN
-        assert strips.strips(N, H, W, rows, 16) * rows * 16 >= N * H * W
-        assert rows >= min(H, strips.FEWEST_ROWS // 2)
-    assert strips.strips(1, 1280, 2048, strips.strip_rows(1, 1280, 2048), 64) >= 512
+        area = strips.strip_area(N, H, W)
+        for columns in (16, 128):
+            rows = strips.strip_rows(H, area, columns)
+            count = strips.strips(N, H, W, area, columns)
+            assert 1 <= rows <= H and rows * columns <= strips.CHAIN
+            assert N * H * W <= count * rows * columns
+            assert count >= min(512, N * H * W // 1024)
+            assert count < 2**31 and rows >= min(H, 8) // 2
 
 
 # Long sums
