@@ -400,14 +400,25 @@ def test_what_is_kept_for_backward(rng):
         y.sum().backward()
 
 
-def test_no_place_is_written_where_none_is_asked_for(rng):
+def test_no_place_is_written_where_none_is_asked_for(rng, monkeypatch):
+    kept = []
+    written = pool.max_pool
+
+    def noting(*arguments):
+        y, taps = written(*arguments)
+        kept.append(taps.numel())
+        return y, taps
+
+    monkeypatch.setattr(pool, "max_pool", noting)
     x = image((1, 8, 4, 4), torch.float32, rng)
-    _, taps = pool.max_pool(x, [2, 2], [2, 2], [0, 0], [1, 1], False, None, False)
-    assert taps.numel() == 0
-    with launching("cpu"):
-        assert torch.equal(pool.max_pool2d(x, 2), F.max_pool2d(x, 2))
-    with torch.no_grad():
-        assert not pool.max_pool2d(x.clone().requires_grad_(), 2).requires_grad
+    for device_path in False, True:
+        with launching("cpu") if device_path else ExitStack():
+            assert torch.equal(pool.max_pool2d(x, 2), F.max_pool2d(x, 2))
+            with torch.no_grad():
+                pool.adaptive_max_pool2d(x.clone().requires_grad_(), 2)
+            pool.max_pool2d(x, 2, return_indices=True)
+            pool.max_pool2d(x.clone().requires_grad_(), 2)
+    assert kept == [0, 0, 32, 32] * 2
 
 
 def test_unbatched_images_and_empty_batches(rng):
