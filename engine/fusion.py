@@ -41,6 +41,7 @@ class BatchNorm:
 
     cell: Cell
     target: str
+    order: int  # among all nodes
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class Segment:
 
     @property
     def norms(self) -> list[BatchNorm]:
-        """Return the normalisations that its steps read through, each once."""
-        return list(dict.fromkeys(r.norm for s in self.steps for r in s.reads if r.norm))
+        """Return the normalisations that its steps read through, each once, as they were called."""
+        norms = {r.norm for s in self.steps for r in s.reads if r.norm is not None}
+        return sorted(norms, key=lambda norm: norm.order)
 
 
 class _Conflict(Exception):
@@ -144,6 +146,7 @@ def fuse(graph: fx.Graph, root: nn.Module, policy: str, path: str, prefix: str) 
     Calls of segments read `root`'s modules by their names, and programs from its attribute
     `RUNNERS`. path: root's name in its network; prefix: of the segments' names.
     """
+    _read_what_is_changed(graph, root)
     written: set[fx.Node] = set()
     unfused: set[fx.Node] = set()
     while True:
@@ -159,6 +162,21 @@ def fuse(graph: fx.Graph, root: nn.Module, policy: str, path: str, prefix: str) 
 
 
 # Reading the graph
+
+
+def _read_what_is_changed(graph: fx.Graph, root: nn.Module) -> None:
+    """Let whoever reads a value after it was changed in place read the result of the change.
+
+    Then every node is a function of its inputs, and may be computed elsewhere.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if _changes_input(node, modules):
+            changed = node.args[0]
+            for user in list(changed.users):
+                if position[user] > position[node]:
+                    user.replace_input_with(changed, node)
 
 
 class _Reader:
@@ -179,8 +197,14 @@ class _Reader:
 
     def read(self) -> None:
         """Read all nodes; a value that is used more than once is written where it stands."""
+        live = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or any(user in live for user in node.users):
+                live.add(node)
         for node in self.graph.nodes:
-            value = None if node in self.unfused else self._value(node)
+            # What nobody uses may still move running statistics: it runs as it is.
+            fusable = node in live and node not in self.unfused
+            value = self._value(node) if fusable else None
             if value is None:
                 for other in node.all_input_nodes:
                     if other in self.values:
@@ -259,7 +283,8 @@ class _Reader:
             sources = [replace(sources[0], resample="none")]
         value = Expression(Read(self._step(node, sources, str(node.target))))
         if small:
-            value = Expression(Read(self._step(node, [replace(value, resample="up2")])))
+            enlarged = replace(value, resample="up2", nodes=(node,))
+            value = Expression(Read(self._step(node, [enlarged])))
         return value
 
     def _step(self, where: fx.Node, sources: list[Expression], target: str | None = None) -> Cell:
@@ -274,24 +299,23 @@ class _Reader:
         value = self.of(argument, node)
         if not value.bare:
             value = Expression(Read(self.cell(argument, node)))
-        return Expression(Read(value.x.cell, BatchNorm(value.x.cell, str(node.target))))
+        norm = BatchNorm(value.x.cell, str(node.target), self.position[node])
+        return Expression(Read(value.x.cell, norm))
 
-    def _act(self, node: fx.Node, act: str, slope: float, inplace: bool) -> Expression | None:
+    def _act(self, node: fx.Node, act: str, slope: float) -> Expression | None:
         argument = node.args[0]
-        if argument not in self.values or (inplace and len(argument.users) > 1):
+        if argument not in self.values:
             return None
         value = self.of(argument, node)
         if value.act != "none" or value.resample != "none":
             value = Expression(Read(self.cell(argument, node)))
         return replace(value, act=act, slope=slope)
 
-    def _add(self, node: fx.Node, inplace: bool) -> Expression | None:
+    def _add(self, node: fx.Node) -> Expression | None:
         if len(node.args) != 2 or node.kwargs:
             return None
         left, right = node.args
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
-            return None
-        if inplace and len(left.users) > 1:
             return None
         if left not in self.values and right not in self.values:
             return None  # nothing of ours: it may not be an image at all
@@ -409,6 +433,8 @@ def _run_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]  # its keys also number the calls of one module
     runs = [path for path in paths if type(modules.get(path)) is nn.Sequential]
+    if not runs and type(modules[""]) is nn.Sequential:
+        return "."  # the root, which the stack leaves out
     return runs[-1] if runs else ""
 
 
@@ -430,13 +456,7 @@ _ACTS: dict[Any, str] = {
     F.leaky_relu: "leaky_relu",
     F.silu: "silu",
 }
-_ADDS: dict[Any, bool] = {  # whether in place
-    operator.add: False,
-    torch.add: False,
-    "add": False,
-    operator.iadd: True,
-    "add_": True,
-}
+_ADDS = {operator.add, torch.add, "add", operator.iadd, "add_"}
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str | None, dict[str, Any]]:
@@ -448,7 +468,7 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str | None, dic
         return _module_kind(modules[str(node.target)])
     target = node.target
     if target in _ADDS:
-        return "add", {"inplace": _ADDS[target]}
+        return "add", {}
     if target in _ACTS:
         options = dict(zip(("input", "negative_slope"), node.args, strict=False)) | node.kwargs
         if target is F.relu or target is F.silu:
@@ -457,8 +477,7 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str | None, dic
         known = {"input", "negative_slope", "inplace"}
         if not isinstance(slope, float | int) or not {*options} <= known:
             return none
-        inplace = bool(options.get("inplace", False))
-        return "act", {"act": _ACTS[target], "slope": float(slope), "inplace": inplace}
+        return "act", {"act": _ACTS[target], "slope": float(slope)}
     if target in (torch.cat, torch.concat):
         images = node.args[0]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -491,7 +510,7 @@ def _module_kind(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
             return "norm", {}
     if (act := _ACTS.get(type(module))) is not None:
         slope = float(getattr(module, "negative_slope", 0.01))
-        return "act", {"act": act, "slope": slope, "inplace": module.inplace}
+        return "act", {"act": act, "slope": slope}
     if isinstance(module, nn.MaxPool2d) and _is_plain(module, nn.MaxPool2d):
         pairs = [_pair(v) for v in (module.kernel_size, module.stride, module.padding)]
         simple = pairs == [(2, 2), (2, 2), (0, 0)] and _pair(module.dilation) == (1, 1)
@@ -556,7 +575,7 @@ class _Gathering:
             for segment in dict.fromkeys(must):
                 joined = self._join(segment, joined)
             if not self._fits(joined):
-                raise _Conflict(self._culprit(step))
+                raise _Conflict(self._culprit({read.norm for read in step.reads}))
             for segment in dict.fromkeys(may):
                 together = self._join(segment, joined)
                 if segment.steps[0].segment is segment and self._wanted(segment, joined):
@@ -615,31 +634,29 @@ class _Gathering:
         They move the same running statistics. Checked at the end, for a call that is overtaken
         while segments grow may fall in line again.
         """
-        calls: dict[str, list[tuple[int, int, Segment]]] = {}
+        calls: dict[str, list[tuple[int, float, BatchNorm | None]]] = {}
         for segment in segments:
             for norm in segment.norms:
-                call = self._called(norm), self._place(segment), segment
+                call = norm.order, self._place(segment), norm
                 calls.setdefault(norm.target, []).append(call)
+        for node, number in self.position.items():
+            if str(node.target) in calls and node not in self.reader.values:
+                call = number, number + 0.5, None  # after a segment that stands in its place
+                calls[str(node.target)].append(call)
         for same in calls.values():
             same.sort(key=lambda call: call[0])
-            for (_, place, segment), (_, after, _) in pairwise(same):
+            for (_, place, norm), (_, after, _) in pairwise(same):
                 if after < place:
-                    raise _Conflict(self._culprit(segment.steps[-1]))
+                    raise _Conflict(self._culprit({norm}))
 
-    def _called(self, norm: BatchNorm) -> int:
-        step = norm.cell.step
-        return -1 if step is None else self.position[step.node]
-
-    def _culprit(self, step: Step) -> fx.Node:
-        """Return the node whose value step reads through a norm, to be written in time."""
-        read = {r.norm for r in step.reads if r.norm is not None}
+    def _culprit(self, norms: set[BatchNorm | None]) -> fx.Node:
+        """Return a node whose value goes through one of these norms, to be written in time."""
         nodes = [
             node
             for node, value in self.reader.values.items()
-            if read & {r.norm for r in value.reads}
+            if any(read.norm is not None and read.norm in norms for read in value.reads)
         ]
-        fused = [node for node in nodes if node not in self.reader.written]
-        return (fused or nodes)[-1]
+        return ([node for node in nodes if node not in self.reader.written] or nodes)[-1]
 
 
 # Writing the graph anew
@@ -679,7 +696,7 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
         for segment in at.get(node, ()):
             name = f"{prefix}_{next(numbers)}"
             program, inputs, outputs = _program(segment, readers, root, policy)
-            called = [step.target or _path_of(step.node) for step in segment.steps]
+            called = [step.target or _path_of(step.sources[0].nodes[-1]) for step in segment.steps]
             full = tuple(f"{path}.{each}" if path else each for each in called)
             programs[name] = replace(program, names=full)
             convs = [step.target for step in segment.steps if step.target]
@@ -710,7 +727,7 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
 
 def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node works in place."""
-    if not node.args:
+    if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
