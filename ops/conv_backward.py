@@ -4,12 +4,22 @@ from collections.abc import Sequence
 
 import torch
 
-from .conv_dgrad import conv2d_dgrad_reference, conv2d_dgrad_triton
-from .conv_wgrad import conv2d_wgrad_reference, conv2d_wgrad_triton, sum_parts
+from .conv_dgrad import conv2d_dgrad_triton
+from .conv_wgrad import conv2d_wgrad_triton, sum_parts
 from .dispatch import Shape, implementation, tf32_allowed
-from .fuse import Prologue, resampled_size
+from .fuse import (
+    Prologue,
+    activated,
+    gradient_reference,
+    gradient_sums_reference,
+    preactivation,
+    prologue_backward_reference,
+    resampled,
+    resampled_size,
+)
 from .geometry import (
     Geometry,
+    as_image,
     check_geometry,
     check_like,
     check_prologue,
@@ -77,13 +87,27 @@ def conv2d_backward_reference(
     bias: bool,
 ) -> Results:
     """Return what conv2d_backward means, in plain torch; any device."""
-    return (
-        *conv2d_dgrad_reference(g, y, coef, weight, prologue, add, geometry, sums),
-        *conv2d_wgrad_reference(
-            prologue, g, y, coef, weight.shape, geometry.stride, geometry.padding,
-            geometry.dilation, geometry.groups, bias,
-        ),
-    )  # fmt: skip
+    # As conv2d_dgrad and conv2d_wgrad mean it, z and dy made once for both.
+    p, dtype = prologue, g.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(g.device.type, enabled=False):
+        pre = preactivation(p)
+        z = resampled(activated(pre, p.act, p.slope), p.resample).to(dtype).to(wide)
+        dy = gradient_reference(g, y, coef).to(dtype).to(wide)
+        dz, dw, _ = torch.ops.aten.convolution_backward(
+            dy, z, weight.to(wide), None, geometry.stride, geometry.padding, geometry.dilation,
+            False, [0, 0], geometry.groups, [True, True, False],
+        )  # fmt: skip
+        del z
+        db = dy.sum((0, 2, 3)) if bias else dy.new_empty(0)
+        del dy
+        if p.act == "none" and p.resample == "none":
+            gradient = dz if add is None else dz.add_(add.to(wide))
+        else:
+            gradient = prologue_backward_reference(p, dz, add, pre)
+        gradient = as_image(gradient.to(dtype))
+        found = gradient_sums_reference(p, gradient) if sums else gradient.new_empty(0, dtype=wide)
+    return gradient, found, dw.contiguous(memory_format=torch.channels_last), db
 
 
 @conv2d_backward.register_kernel("cuda")

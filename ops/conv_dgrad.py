@@ -111,7 +111,6 @@ def conv2d_dgrad_reference(
     p, dtype = prologue, g.dtype
     N, C, H, W = p.x.shape
     wide = torch.promote_types(dtype, torch.float32)
-    result = empty_image(g, p.x.shape)
     with torch.autocast(g.device.type, enabled=False):
         dy = gradient_reference(g, y, coef).to(dtype).to(wide)
         z = dy.new_zeros(()).expand(N, C, *resampled_size(H, W, p.resample))  # its shape alone
@@ -120,9 +119,10 @@ def conv2d_dgrad_reference(
             False, [0, 0], geometry.groups, [True, False, False],
         )[0]  # fmt: skip
         if p.act == "none" and p.resample == "none":
-            result.copy_(dz if add is None else dz + add.to(wide))
+            result = dz if add is None else dz.add_(add.to(wide))
         else:
-            result.copy_(prologue_backward_reference(p, dz, add))
+            result = prologue_backward_reference(p, dz, add)
+        result = as_image(result.to(dtype))
         if not sums:
             return result, result.new_empty(0, dtype=wide)
         return result, gradient_sums_reference(p, result)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 from .cudnn import as_ours
 from .dispatch import Shape, implementation, tf32_allowed
-from .fuse import Prologue, activated, preactivation, prologue_reference, resampled_size
+from .fuse import Prologue, prologue_reference, resampled_size
 from .geometry import (
     Geometry,
+    as_image,
     check_geometry,
     check_like,
     check_prologue,
@@ -103,17 +104,19 @@ def conv2d_fwd_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what conv2d_fwd means, in plain torch; any device."""
     first = sources[0]
-    y, stats, kept = _empty_results(sources, geometry, moments, keep)
+    _, stats, kept = _empty_results(sources, geometry, moments, keep)
     dtype, wide = first.x.dtype, torch.promote_types(first.x.dtype, torch.float32)
     with torch.autocast(first.x.device.type, enabled=False):  # the arguments' dtype decides
-        z = torch.cat([prologue_reference(p).to(dtype).to(wide) for p in sources], 1)
+        parts = [prologue_reference(p).to(dtype).to(wide) for p in sources]
+        z = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         b = None if bias is None else bias.to(wide)
         g = geometry
-        y.copy_(F.conv2d(z, weight.to(wide), b, g.stride, g.padding, g.dilation, g.groups))
+        y = F.conv2d(z, weight.to(wide), b, g.stride, g.padding, g.dilation, g.groups)
+        y = as_image(y.to(dtype))
         if moments:
             stats.copy_(moments_of(y))
         if keep:
-            kept.copy_(activated(preactivation(first), first.act, first.slope))
+            kept.copy_(parts[0])
     return y, stats, kept
 
 

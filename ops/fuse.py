@@ -93,14 +93,18 @@ def activation(p: Prologue) -> torch.Tensor:
 
 
 def prologue_backward_reference(
-    p: Prologue, dz: torch.Tensor, add: torch.Tensor | None = None
+    p: Prologue,
+    dz: torch.Tensor,
+    add: torch.Tensor | None = None,
+    pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of the preactivation from that of z, in at least float32.
 
-    `add` is another gradient, of act's result before it is resampled.
+    `add` is another gradient, of act's result before it is resampled; `pre` the preactivation,
+    where it is known.
     """
     # Operators of autograd's own, not autograd: inside a custom op nothing is recorded.
-    pre, aten = preactivation(p), torch.ops.aten
+    pre, aten = preactivation(p) if pre is None else pre, torch.ops.aten
     dz = dz.to(pre.dtype)
     if p.resample == "pool2":
         z = activated(pre, p.act, p.slope)

@@ -111,7 +111,7 @@ def moments(y: torch.Tensor) -> torch.Tensor:
     if not count:
         return wide.new_zeros(3, y.shape[1])
     mean = wide.mean((0, 2, 3))
-    m2 = (wide - mean[:, None, None]).square().sum((0, 2, 3))
+    m2 = (wide - mean[:, None, None]).square_().sum((0, 2, 3))
     return torch.stack([torch.full_like(mean, count), mean, m2])
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .autograd import first_order
+from .conv_backward import conv2d_backward
 from .conv_dgrad import conv2d_dgrad
 from .conv_fwd import conv2d_fwd
 from .conv_wgrad import conv2d_wgrad
@@ -692,36 +693,34 @@ class _Backward:
             last = first + self.sizes[source.x.slot][1]
             part = weight if len(step.sources) == 1 else weight[:, first:last]
             first = last
-            if wants_weight:
-                with_bias = wants_bias and number == 0
-                dw, db = conv2d_wgrad(
-                    *_read(source, self.values, self.norms), g, y, coef, part.shape, *geometry,
-                    with_bias,
-                )  # fmt: skip
-                parts.append(dw)
-                if with_bias:
-                    self.add_parameter(step.bias, db)
+            if not (wants_weight or asks):
+                continue
+            with_bias = wants_bias and wants_weight and number == 0
+            add = kept if number == 0 else None
+            product = g, y, coef, _weight(part, g.dtype)
+            sums = any(term.norm is not None for term in source.terms)
+            size = self.sizes[source.x.slot]
+            if wants_weight and asks:
+                read = _read(source, self.values, self.norms)
+                gradient, found, dw, db = conv2d_backward(
+                    *product, *read, add, *geometry, sums, with_bias
+                )
+            elif wants_weight:
+                read = _read(source, self.values, self.norms)
+                dw, db = conv2d_wgrad(*read, g, y, coef, part.shape, *geometry, with_bias)
+            else:
+                nothing = None, None, None, None, "none", 0.0, "none"
+                read = nothing if source.bare else _read(source, self.values, self.norms)
+                gradient, found = conv2d_dgrad(*product, size, *read, add, *geometry, sums)
             if asks:
-                add = kept if number == 0 else None
-                self.source(source, (g, y, coef, _weight(part, g.dtype)), add, geometry)
+                self.spread(source, gradient, found)
+            if wants_weight:
+                parts.append(dw)
+            if with_bias:
+                self.add_parameter(step.bias, db)
         if wants_weight:
             dw = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             self.add_parameter(step.weight, dw)
-
-    def source(self, source: Source, product: tuple, add: Tensor | None, geometry: tuple) -> None:
-        """Take the gradient of a convolution's output to what a source of it reads.
-
-        product: g, y, coefficients and weight. add: a gradient of the source's activated value.
-        """
-        size = self.sizes[source.x.slot]
-        if source.bare:
-            nothing = None, None, None, None, "none", 0.0, "none"
-            dz, _ = conv2d_dgrad(*product, size, *nothing, add, *geometry, False)
-            self.add(source.x.slot, dz)
-        else:
-            read = _read(source, self.values, self.norms)
-            sums = any(term.norm is not None for term in source.terms)
-            self.spread(source, *conv2d_dgrad(*product, size, *read, add, *geometry, sums))
 
     def through(self, source: Source, dz: Tensor) -> None:
         """Take the gradient of a source's value to what it reads."""

@@ -406,7 +406,11 @@ def test_reference_is_both_references(case, dtype, rng):
     given = arguments(case, dtype, rng)
     results = conv2d_backward(*given)
     both = *conv2d_dgrad(*dgrad_arguments(given)), *conv2d_wgrad(*wgrad_arguments(given))
-    assert all(torch.equal(a, b) for a, b in zip(results, both, strict=True))
+    for a, b in zip(results, both, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        # torch may add a product's terms in another order where it computes both gradients.
+        unit = 8 * torch.finfo(dtype).eps
+        assert (a - b).abs().max() <= unit * b.abs().max() if a.numel() else a.shape == b.shape
 
 
 @pytest.mark.parametrize("R", [1, 3])
