@@ -228,6 +228,9 @@ def precompile(
     image_size: Annotated[str, typer.Option(help="Rows x columns of a plane.")] = "1260x2048",
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    policy: Annotated[
+        str, typer.Option(help="What segments keep: keep, closing or series.")
+    ] = "keep",
     out: Annotated[
         Path, typer.Option(help="Folder of the build; a second run compiles what changed.")
     ] = Path("precompiled"),
@@ -252,7 +255,7 @@ def precompile(
     if precision not in dtypes:
         raise ValueError(f"want precision from {', '.join(dtypes)}; got {precision!r}")
     _want_folder(out)
-    build, channels = _network(model, preset, network)
+    build, channels = _network(model, preset, network, policy)
     shape = batch_size, channels, *parse_size(image_size)
     step = training_step(build, shape, dtypes[precision])
     with _progress(stderr=True) as bar:
@@ -279,10 +282,11 @@ def precompile(
         raise ValueError(f"{len(wrong)} variants pass a limit without a stated reason: {names}")
 
 
-def _network(model: str, preset: str, network: str) -> tuple[Callable[[], Any], int]:
+def _network(model: str, preset: str, network: str, policy: str) -> tuple[Callable[[], Any], int]:
     """Return what builds the network whose training step is compiled, and its image's channels."""
     from . import models
-    from .ops.modules import Conv2d
+    from .engine import convert
+    from .engine.fusion import POLICIES
     from .training.config import parse_network
 
     known = [name for name in models.__all__ if name.islower()]
@@ -291,8 +295,14 @@ def _network(model: str, preset: str, network: str) -> tuple[Callable[[], Any], 
     arguments = [parse_network(preset, network)] if model == "uresnet" else []
     if network and not arguments:
         raise ValueError(f"want network with the model uresnet; got it with {model}")
+    if policy not in POLICIES:
+        raise ValueError(f"want policy from {', '.join(POLICIES)}; got {policy!r}")
     channels = arguments[0].planes if arguments else 3
-    return lambda: getattr(models, model)(*arguments, conv=Conv2d), channels
+
+    def build() -> Any:
+        return convert(getattr(models, model)(*arguments), policy=policy, inplace=True)
+
+    return build, channels
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def conv2d_backward_reference(
             gradient = prologue_backward_reference(p, dz, add, pre)
         gradient = as_image(gradient.to(dtype))
         found = gradient_sums_reference(p, gradient) if sums else gradient.new_empty(0, dtype=wide)
-    return gradient, found, dw.contiguous(memory_format=torch.channels_last), db
+    return gradient, found, as_image(dw), db
 
 
 @conv2d_backward.register_kernel("cuda")

@@ -46,6 +46,9 @@ class TrainConfig:
     model: Literal["uresnet"] = _option("uresnet", "Network.")
     preset: str = _option("uresnet", "The network's preset: uresnet, a21, polaris or scc21.")
     network: str = _option("", "Numbers other than the preset's, such as filters=4,depth=3.")
+    policy: Literal["none", "keep", "closing", "series"] = _option(
+        "none", "What fused segments keep for backward; none: torch's own layers compute."
+    )
     loss: Literal["focal", "light", "even", "none", "lin"] = _option(
         "focal", "How pixels are weighted in the loss."
     )

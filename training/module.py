@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from ..engine import convert
 from ..events import Event
 from ..models import uresnet
 from ..ops.batch_norm import SyncBatchNorm
@@ -25,6 +26,8 @@ def build_model(config: TrainConfig) -> nn.Module:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if config.policy != "none":
+        model = convert(model, policy=config.policy, inplace=True)
     return model
 
 
