@@ -342,3 +342,18 @@ def test_checkpoint_of_another_network_is_refused(whole_run, tmp_path):
     settings = options(tmp_path, network=TINY + ",final_blocks=1")
     with pytest.raises(ValueError, match="want network .*, as the run began"):
         train(TrainConfig(**settings), resume=str(whole_run / "last.ckpt"))
+
+
+@pytest.mark.parametrize("policy", ["keep", "series"])
+def test_fused_segments_train_as_torchs_layers_do(policy, tmp_path):
+    """In float64: the same losses and weights, whatever segments keep."""
+    for name in ("none", policy):
+        train(TrainConfig(**options(tmp_path / name, precision="fp64", steps=3, policy=name)))
+    losses = [curve(tmp_path / name) for name in ("none", policy)]
+    assert losses[0].keys() == losses[1].keys()
+    for step, loss in losses[0].items():
+        assert math.isclose(loss, losses[1][step], rel_tol=1e-6), step
+    a, b = (load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("none", policy))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= 1e-6 * max(1, b[name].abs().max()), name
