@@ -1,9 +1,12 @@
 """The memory of one training step on one whole detector image, measured without a GPU.
 
-Eager PyTorch, layer by layer and with every block checkpointed: what this package has to beat.
+Eager PyTorch, layer by layer and with every block checkpointed, beside fused segments under each
+policy, whose compute dtype is autocast's or the parameters' own.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..engine import meter
+from ..engine import convert, fusion, meter
 from ..models import PRESETS, resnet50, uresnet
 from ..models.resnet import Bottleneck
 from ..models.uresnet import Block, ResidualBlock
@@ -57,6 +60,13 @@ def cross_entropy(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     )
 
 
+POLICIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "eager, checkpoint each block": checkpoint_blocks,
+    **{f"fullres, {policy}": partial(convert, policy=policy) for policy in fusion.POLICIES},
+}
+
+
 def run(out: Path) -> list[dict]:
     """Measure every network in every precision; print a table, save it in out, return its rows."""
     builders = {preset: lambda preset=preset: uresnet(preset) for preset in PRESETS}
@@ -64,9 +74,9 @@ def run(out: Path) -> list[dict]:
     rows = []
     for network, build in builders.items():
         for precision, options in PRECISIONS.items():
-            for policy in ("keep", "checkpoint each block"):
+            for policy, change in POLICIES.items():
                 with torch.device("meta"):
-                    model = build() if policy == "keep" else checkpoint_blocks(build())
+                    model = change(build())
                 start = time.perf_counter()
                 report = meter(model, SHAPE, criterion=cross_entropy, **options)
                 rows.append(

@@ -515,6 +515,43 @@ def test_autocast_computes_in_its_dtype(rng):
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
+def test_backward_outside_autocast_recomputes_in_its_dtype(rng):
+    model = randomised(small("uresnet", depth=1), rng).float()
+    x = planes(rng).float()
+    found = []
+    for policy in ("keep", "series"):
+        ours = converted(model, policy=policy)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = outputs(ours, x)
+        sum(o.float().square().mean() for o in out).backward()
+        found.append([p.grad for p in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_float16_trains_with_a_scaler(rng):
+    ours = converted(randomised(small("a21", depth=1), rng).float())
+    before = [p.detach().clone() for p in ours.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    with torch.autocast("cpu", torch.float16):
+        loss = sum(o.float().square().mean() for o in outputs(ours, planes(rng).float()))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10  # no gradient was infinite
+    assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), before, strict=True))
+
+
+def test_a_pass_without_gradients_moves_statistics_too(rng):
+    model = randomised(small("uresnet"), rng)
+    ours = converted(model)
+    x = planes(rng)
+    with torch.no_grad():
+        outputs(ours, x), outputs(model, x)
+    for b, c in zip(ours.buffers(), model.buffers(), strict=True):
+        close(b.double(), c.double())
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph(backend, rng):
     model = randomised(small("uresnet", depth=1), rng)
