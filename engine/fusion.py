@@ -327,9 +327,9 @@ class _Reader:
         for argument in (left, right):
             value = self.of(argument, node)
             reads.append(value.x if value.linear else Read(self.cell(argument, node)))
-        # First the one that a convolution has just made: its value is the one to make again.
-        if reads[0].norm is None and reads[1].norm is not None:
-            reads.reverse()
+        # First the one that a convolution has just made: its value is the one to make again, and
+        # the other may be spread over it.
+        reads.sort(key=lambda read: (read.norm is None, read.cell.step is None))
         nodes = [self.of(argument, node).nodes for argument in (left, right)]
         return Expression(reads[0], reads[1], nodes=(*nodes[0], *nodes[1]))
 
@@ -375,7 +375,7 @@ class _Reader:
             name = type(self.modules[str(node.target)]).__name__.lower()
         elif callable(node.target):
             name = getattr(node.target, "__name__", "").lower()
-        if any(word in name for word in ("adaptive", "mean", "linear", "flatten", "sum", "amax")):
+        if name in ("linear", "mean", "sum", "amax", "flatten") or "adaptive" in name:
             return True
         inputs = node.all_input_nodes
         return bool(inputs) and all(other in self.small for other in inputs)

@@ -113,6 +113,7 @@ class Program:
         norms_of: the numbers of each slot's norms.
         producers: the step that makes each slot but the inputs.
         last_reader: the number of the last step that reads a slot.
+        residual_inputs: the inputs that are added to an image, with its slot.
         convolution_parameters: the numbers of weights and biases.
     """
 
@@ -142,6 +143,12 @@ class Program:
             "norms_of": norms_of,
             "producers": {slot: step for step in self.steps for slot in _made(step)},
             "last_reader": dict(reads),
+            "residual_inputs": [
+                (source.residual.slot, source.x.slot)
+                for step in self.steps
+                for source in _sources(step)
+                if source.residual is not None and source.residual.slot < self.inputs
+            ],
             "convolution_parameters": {c.weight for c in convs} | {c.bias for c in convs} - {None},
         }
         for name, value in facts.items():
@@ -242,6 +249,7 @@ def run(
     eps = [norm.eps for norm in norms]
     groups = ",".join(_group(norm) if b else "" for norm, b in zip(norms, batch, strict=True))
 
+    inputs = _spread_residuals(program, inputs, parameters)
     tensors = [*inputs, *parameters]
     recording = torch.is_grad_enabled()
     needs = [recording and t is not None and t.requires_grad for t in tensors]
@@ -253,6 +261,20 @@ def run(
             if norm.training and norm.track_running_stats:
                 _move(norm, own)
     return results[: len(program.outputs)]
+
+
+def _spread_residuals(
+    program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """Return the inputs, those that are added to larger images spread over them, as torch does."""
+    if not program.residual_inputs:
+        return inputs
+    sizes = _slot_sizes(program, [x.shape for x in inputs], parameters)
+    inputs = list(inputs)
+    for slot, image in program.residual_inputs:
+        if list(inputs[slot].shape) != sizes[image]:
+            inputs[slot] = inputs[slot].expand(sizes[image])
+    return inputs
 
 
 def _move(norm: nn.Module, moments: Tensor) -> None:
