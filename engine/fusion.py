@@ -614,7 +614,7 @@ class _Gathering:
         return max(self.position[step.node] for step in segment.steps)
 
     def _fits(self, joined: Segment) -> bool:
-        """Whether whoever reads of a segment runs after it, in the same order of statistics."""
+        """Whether whoever reads what a segment makes runs after it."""
         steps, place = {*joined.steps}, self._place(joined)
         for step in joined.steps:
             for cell in step.made:
