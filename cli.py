@@ -234,6 +234,9 @@ def precompile(
     out: Annotated[
         Path, typer.Option(help="Folder of the build; a second run compiles what changed.")
     ] = Path("precompiled"),
+    first: Annotated[
+        bool, typer.Option(help="Each kernel's first configuration alone: a look, in minutes.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option(help="Fail if a variant passes a limit without a stated reason.")
     ] = False,
@@ -265,6 +268,7 @@ def precompile(
             target.split(","),
             out,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            first=first,
         )
     if as_json:
         typer.echo(json.dumps(rows, indent=1))

@@ -28,12 +28,13 @@ class _DevicePath(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def record_launches(step: Callable[[], Any], target: str) -> list:
+def record_launches(step: Callable[[], Any], target: str, first: bool = False) -> list:
     """Return the kernel launches (`kernels.launches.Launch`) that step() makes, each once.
 
     Args:
         step: makes its tensors itself, on the CPU; they are fake, and cost nothing.
         target: "sm_80", "sm_90" or "gfx942".
+        first: each kernel in its first configuration alone, and not in all that a device times.
     """
     from ..kernels import launches  # here: importing the engine must not need triton
 
@@ -42,7 +43,7 @@ def record_launches(step: Callable[[], Any], target: str) -> list:
             return launches.tensor_argument(argument.dtype, argument.untyped_storage().nbytes())
         return argument
 
-    with launches.recorded(target, stand_in) as made, FakeTensorMode(), _DevicePath():
+    with launches.recorded(target, stand_in, first) as made, FakeTensorMode(), _DevicePath():
         step()
     return list(made)
 
@@ -83,13 +84,15 @@ def precompile(
     targets: Iterable[str],
     out: str | Path,
     progress: Callable[[int, int], object] = lambda *_: None,
+    first: bool = False,
 ) -> list[dict[str, Any]]:
     """Compile what step() launches for each target into out/cache; return a row a variant.
 
     Runs in parallel, and again only for what changed. A process on such a device, of the same
     triton and package versions, that runs with TRITON_CACHE_DIR=out/cache then compiles nothing.
 
-    progress is called with the number of variants compiled so far, and of those to compile.
+    progress is called with the number of variants compiled so far, and of those to compile. first:
+    compile each kernel in its first configuration alone, for a look.
 
     A row has the figures of `kernels.aot.Report` and
 
@@ -107,5 +110,5 @@ def precompile(
     targets = list(dict.fromkeys(targets))
     if unknown := sorted({*targets} - {*TARGETS}):
         raise ValueError(f"target: want some of {', '.join(TARGETS)}; got {', '.join(unknown)}")
-    made = [launch for target in targets for launch in record_launches(step, target)]
+    made = [launch for target in targets for launch in record_launches(step, target, first)]
     return judged(build(made, Path(out), progress))

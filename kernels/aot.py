@@ -52,6 +52,13 @@ EXCUSES: list[Excuse] = [  # what ships beyond a limit, each with its reason
         )
         for target in TARGETS
     ),
+    *(
+        Excuse(
+            "conv2d_backward_rows_kernel", target, "spill_bytes", 96, r"\bC=32 K=32\b.*VALUES=1024",
+            "made for 16 channels; the tuner times one that does not spill at 32 beside it",
+        )
+        for target in ("sm_80", "sm_90")
+    ),
 ]  # fmt: skip
 
 

@@ -62,7 +62,9 @@ class Launch:
 
 
 @contextmanager
-def recorded(target: str, as_argument: Callable[[Any], Any]) -> Iterator[dict[Launch, None]]:
+def recorded(
+    target: str, as_argument: Callable[[Any], Any], first: bool = False
+) -> Iterator[dict[Launch, None]]:
     """Record the launches made inside for a target of TARGETS; none runs, none is compiled.
 
     An autotuned kernel is recorded in each of its configurations, since a device times them all.
@@ -71,6 +73,7 @@ def recorded(target: str, as_argument: Callable[[Any], Any]) -> Iterator[dict[La
         target: what to pretend to be.
         as_argument: returns what stands for an argument of a launch: `tensor_argument` of a
             tensor's dtype, bytes and alignment, any other argument itself.
+        first: record each kernel's first configuration alone.
 
     Yields the launches, in the order of their first occurrence.
     """
@@ -89,7 +92,8 @@ def recorded(target: str, as_argument: Callable[[Any], Any]) -> Iterator[dict[La
 
     def tune(self, *args, **kwargs):
         nonlocal tuned
-        for config in reversed(self.every_config):  # the first last: callers ask what was best
+        configs = self.every_config[:1] if first else self.every_config
+        for config in reversed(configs):  # the first last: callers ask what was best
             self.best_config, tuned = config, " ".join(config.kwargs)
             self.fn.run(*args, **kwargs, **config.all_kwargs())
         tuned = ""

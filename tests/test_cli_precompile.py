@@ -44,7 +44,7 @@ def compiled(monkeypatch):
     """A compiler that takes no time: it returns these rows, and notes what it was asked."""
     rows, asked = [ROW, EXCUSED], []
 
-    def compile_all(step, targets, out, progress):
+    def compile_all(step, targets, out, progress, first):
         asked.append((step, targets, out))
         progress(1, 2)
         return rows
@@ -112,12 +112,22 @@ def test_strict_fails_on_an_excess_without_a_reason(fullres, compiled, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 compiles nothing")
-def test_what_a_small_network_launches_fits_the_device(tmp_path):
-    """Every variant of a training step, in a process of its own, for the card that we tune on."""
-    network = "planes=1,filters=16,classes=16,depth=0,deepest_blocks=0,deepest_channels=16"
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            "--network",
+            "planes=1,filters=16,classes=16,depth=0,deepest_blocks=0,deepest_channels=16",
+        ],
+        ["--first"],  # the whole preset, in each kernel's first configuration
+    ],
+    ids=["small network", "whole preset"],
+)
+def test_what_a_training_step_launches_fits_the_device(options, tmp_path):
+    """In a process of its own, for the card that we tune on."""
     command = ["precompile", "--strict", "--json", "--target", "sm_90", "--out", tmp_path]
     done = subprocess.run(
-        [sys.executable, "-m", "fullres", *command, "--preset", "a21", "--network", network],
+        [sys.executable, "-m", "fullres", *command, "--preset", "a21", *options],
         capture_output=True,
         text=True,
     )
