@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, reduce
 
 import torch
 import torch.distributed as dist
@@ -216,14 +216,14 @@ def run(
 ) -> tuple[Tensor, ...]:
     """Return the program's outputs, [N, C, H, W] in channels_last, of the inputs' dtype.
 
-    Under autocast inputs and convolutions' parameters are cast as torch's convolution casts them;
+    With a convolution, under autocast, inputs and its parameters are cast as torch casts them;
     normalisations' parameters stay as they are. Running statistics move as torch's layers move
     them, once a call. Differentiable once.
 
     Args:
         program: its parameters are numbered as `convs` and `norms` have them: of each convolution
             weight and bias, of each normalisation weight, bias, running_mean and running_var.
-        inputs: [N, C, H, W], all of one dtype and device.
+        inputs: [N, C, H, W], all of one device.
         convs: what the program's convolutions are taken from.
         norms: modules like torch.nn.BatchNorm2d, one a norm of the program. Those with a
             `process_group` attribute share statistics with its other ranks.
@@ -233,12 +233,13 @@ def run(
         RuntimeError: backward with create_graph=True.
     """
     device = inputs[0].device.type
-    if torch.is_autocast_enabled(device):
+    if convs and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = [x if x.dtype == torch.float64 else x.to(dtype) for x in inputs]
-    else:
+    else:  # sums of two dtypes are taken in the wider one
+        given = reduce(torch.promote_types, (x.dtype for x in inputs))
+        inputs = [x.to(given) for x in inputs]
         for conv in convs:
-            given = inputs[0].dtype
             want(conv.weight.dtype == given, "input", f"weight's dtype {conv.weight.dtype}", given)
     parameters: list[Tensor | None] = []
     for conv in convs:

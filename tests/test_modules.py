@@ -91,6 +91,15 @@ def test_wrong_channels_are_refused_by_name():
         fullres.nn.ConvNormAct(3, 4, 4)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_normalisation_keeps_its_inputs_dtype(autocast, rng):
+    x = torch.randn(2, 3, 4, 5, generator=rng)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert fullres.nn.BatchNorm2d(3)(x.to(dtype)).dtype == dtype
+            assert nn.BatchNorm2d(3)(x.to(dtype)).dtype == dtype
+
+
 ACTS = {
     "none": lambda x: x,
     "relu": F.relu,
