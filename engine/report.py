@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..ops.losses import SigmoidFocalLoss
 from .convert import conversions, exchanged, revert
 from .meter import meter
 
@@ -57,14 +59,20 @@ def report(
     """Return what became of each layer of a network that `convert` returned.
 
     Args:
-        model: the converted network, in the mode (training or evaluation) to look at.
+        model: the converted network, in the mode (training or evaluation) to look at. Or one of
+            `fullres.nn`'s losses: then what it stores beside the same loss composed in torch.
         input_shape: of its one input, such as [N, C, H, W]; then the bytes stored for backward are
-            measured, on fake tensors, for the network as it is and as it was.
+            measured, on fake tensors, for the network as it is and as it was. A loss needs it:
+            that of its logits or features.
         autocast: the compute dtype of that measurement; None for that of the parameters.
 
     Raises:
         ValueError: the network is not converted.
     """
+    if hasattr(model, "composed"):
+        if input_shape is None:
+            raise ValueError("input_shape: want that of the loss's logits or features, got None")
+        return _loss_report(model, input_shape, autocast or torch.float32)
     if not any(True for _ in conversions(model)) and not exchanged(model):
         raise ValueError("model: want one that fullres.convert returned, got one as it was")
     before: Counter[str] | None = None
@@ -94,6 +102,36 @@ def report(
     return Report(
         tuple(rows), sum(row.before or 0 for row in rows), sum(row.after or 0 for row in rows)
     )
+
+
+def _loss_report(loss: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Report:
+    """Return one row: the bytes that a loss keeps besides its inputs and its parameters."""
+    kind = type(loss).__name__
+    sizes = []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = torch.empty(tuple(shape), dtype=dtype, requires_grad=True)
+        pixels = tuple(shape) if isinstance(loss, SigmoidFocalLoss) else (shape[0], *shape[2:])
+        labels = torch.empty(pixels, dtype=torch.uint8)
+        fake = {id(t): mode.from_tensor(t.to(dtype)) for t in loss.parameters()}
+        given = [x, labels, *fake.values()]
+        known = {t.untyped_storage()._cdata for t in given}
+        with torch.nn.utils.stateless._reparametrize_module(
+            loss, {name: fake[id(t)] for name, t in loss.named_parameters()}
+        ):
+            for call in (loss.composed, loss):
+                kept: dict[int, int] = {}
+
+                def pack(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+                    storage = t.untyped_storage()
+                    if storage._cdata not in known:
+                        kept[storage._cdata] = storage.nbytes()
+                    return t
+
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    result = call(x, labels)
+                sizes.append(sum(kept.values()))
+                del result
+    return Report((Row("", kind, f"fullres.nn.{kind}", "", *sizes),), *sizes)
 
 
 def _mib(size: int | None) -> str:

@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
-from .focal_loss import Factors, Reduction, softmax_focal_loss
+from .focal_loss import (
+    Factors,
+    Reduction,
+    softmax_focal_loss,
+    softmax_focal_loss_reference,
+)
 from .fuse import Activation
 from .linear_focal_loss import linear_focal_loss
-from .sigmoid_focal_loss import sigmoid_focal_loss
+from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
 
 
 class SoftmaxFocalLoss(torch.nn.Module):
@@ -37,17 +43,17 @@ class SoftmaxFocalLoss(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss."""
-        return softmax_focal_loss(
-            logits,
-            labels,
-            gamma=self.gamma,
-            alpha=self.alpha,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            detach_factor=self.detach_factor,
-        )
+        return softmax_focal_loss(logits, labels, **self._options)
+
+    def composed(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss from differentiable torch operations, which store what ours don't."""
+        return softmax_focal_loss_reference(logits, labels, **self._options)
+
+    @property
+    def _options(self) -> dict:
+        names = "gamma", "alpha", "weight", "ignore_index"
+        names += "label_smoothing", "reduction", "detach_factor"
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """Return the exponent and the reduction."""
@@ -65,6 +71,11 @@ class SigmoidFocalLoss(torch.nn.Module):
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss."""
         return sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction)
+
+    def composed(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss from differentiable torch operations, which store what ours don't."""
+        loss = sigmoid_focal_loss_reference(inputs, targets, self.alpha, self.gamma)
+        return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -132,6 +143,20 @@ class LinearFocalLoss(torch.nn.Conv2d):
             gamma=self.gamma,
             alpha=self.alpha,
             class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            detach_factor=self.detach_factor,
+        )
+
+    def composed(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss from differentiable torch operations, which store what ours don't."""
+        return softmax_focal_loss_reference(
+            F.conv2d(features, self.weight, self.bias),
+            labels,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            weight=self.class_weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,

@@ -501,6 +501,17 @@ def test_report_tells_each_layer(rng):
     assert total.after < total.before and "MiB before" in str(total)
 
 
+def test_report_tells_what_losses_save():
+    shape, pixels = (2, 3, 16, 24), 2 * 16 * 24
+    for loss in (fullres.nn.SoftmaxFocalLoss(), fullres.nn.SigmoidFocalLoss()):
+        found = fullres.report(loss, shape, autocast=None)
+        assert found.after <= 64 < 4 * pixels < found.before  # a few sums at most
+    features = fullres.report(fullres.nn.LinearFocalLoss(16, 3), (2, 16, 16, 24), autocast=None)
+    assert features.after <= 64 < 3 * 4 * pixels < features.before  # logits at least
+    with pytest.raises(ValueError, match="input_shape: want that of the loss's logits"):
+        fullres.report(fullres.nn.SoftmaxFocalLoss())
+
+
 def test_report_gives_reasons():
     model = fullres.convert(PATTERNS["odd_convolutions"]())
     reasons = {row.layer: row.why for row in fullres.report(model).rows if row.why}

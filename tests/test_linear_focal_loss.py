@@ -677,3 +677,19 @@ def assert_device_close(got, case, given):
     for g, w in zip(gradients, dwanted, strict=True):
         allowed = 8 * unit * (w.abs() + w.abs().amax()) + 2.0**-24
         assert ((g.cpu().double() - w).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", ["SoftmaxFocalLoss", "SigmoidFocalLoss", "LinearFocalLoss"])
+def test_modules_compute_what_they_are_composed_of(name, rng):
+    from fullres import nn as layers
+
+    options = {"reduction": "mean"}
+    if name != "SigmoidFocalLoss":
+        options |= {"gamma": 1.5, "label_smoothing": 0.1, "ignore_index": 1}
+    sizes = (5, 3) if name == "LinearFocalLoss" else ()
+    loss = getattr(layers, name)(*sizes, **options).double()
+    x = torch.randn(2, 5 if sizes else 3, 4, 6, generator=rng, dtype=torch.float64)
+    shape = x.shape if name == "SigmoidFocalLoss" else (2, 4, 6)
+    high = 2 if name == "SigmoidFocalLoss" else 3
+    labels = torch.randint(0, high, shape, generator=rng, dtype=torch.uint8)
+    assert (loss(x, labels) - loss.composed(x, labels)).abs() <= 1e-12
