@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from ..ops.batch_norm import SyncBatchNorm
 from ..ops.geometry import DTYPES
-from ..ops.program import Conv, Norm, Program, Source, Term, Write, run
+from ..ops.program import Conv, Norm, Program, Source, Term, Write
+from ..ops.segment import run
 
 POLICIES = ("keep", "closing", "series")
 RUNNERS = "_fullres"  # the attribute of a converted module that holds its programs
@@ -795,30 +796,20 @@ def _program(
         len(inputs), first_norm + 4 * len(norms), tuple(numbered), tuple(tables),
         tuple(slots[cell] for cell in outputs),
     )  # fmt: skip
-    return program.dropping(dropped(program, policy)), inputs, outputs
+    if policy == "series":
+        program = program.changed(again=((0, len(steps)),))
+    return program.changed(dropped=dropped(program, policy)), inputs, outputs
 
 
-def dropped(program: Program, policy: str) -> set[int]:
-    """Return the slots that a policy makes again in backward.
+def dropped(program: Program, policy: str) -> tuple[int, ...]:
+    """Return the slots that a policy makes again where backward reads them.
 
     "keep": what one kept image alone tells, by elementwise work; "closing": also the outputs of
-    convolutions that are summed; "series": all.
+    convolutions that are summed; "series": the same as "keep".
     """
-    made = program.producers
-    if policy == "series":
-        return {*made}
     cheap = {s.out for s in program.steps if isinstance(s, Write) and s.source.residual is None}
-    if policy == "keep":
-        return cheap
-    sums = [
-        source
-        for step in program.steps
-        for source in (step.sources if isinstance(step, Conv) else (step.source,))
-        if source.residual is not None
-    ]
-    return cheap | {
-        term.slot
-        for source in sums
-        for term in source.terms
-        if isinstance(made.get(term.slot), Conv) and made[term.slot].out == term.slot
-    }
+    if policy == "closing":
+        outs = {step.out for step in program.steps if isinstance(step, Conv)}
+        sums = [e for step in program.steps for e in step.sources if e.residual is not None]
+        cheap |= {term.slot for source in sums for term in source.terms} & outs
+    return tuple(sorted(cheap))

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from . import functional
 from .batch_norm import SyncBatchNorm
 from .losses import LinearFocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
-from .program import Conv, Norm, Program, Source, Term, Write, run
+from .program import Conv, Norm, Program, Source, Term, Write
+from .segment import run
 
 __all__ = [
     "AdaptiveAvgPool2d",
