@@ -7,7 +7,6 @@ forward calls the segments. Where tracing fails, the parts are converted each by
 
 import copy
 import functools
-import importlib
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ops.modules import TWINS
+from .code import Code
 from .fusion import POLICIES, RUNNERS, Fused, fuse, has_hooks
 
 _TWIN = "_fullres_twin"  # marks a module whose class was exchanged for ours
@@ -37,48 +37,10 @@ class Conversion:
 
     base: type[nn.Module]
     policy: str
-    sources: tuple["Source", ...] = ()
+    sources: tuple[Code, ...] = ()
     programs: types.SimpleNamespace = field(default_factory=types.SimpleNamespace)
     became: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-
-
-class Source:
-    """A forward method as text, with what its names mean; it is pickled and copied as such."""
-
-    def __init__(self, text: str, names: dict[str, Any]):
-        """Compile the text; `names` are its globals: modules, functions, classes."""
-        self.text, self.names = text, names
-        scope = dict(names)
-        exec(compile(text, f"<fullres segments {id(self)}>", "exec"), scope)
-        self.function = scope["forward"]
-
-    def __reduce__(self) -> tuple:
-        """Return it as text and names, modules by theirs."""
-        names = {
-            name: _Named(value.__name__) if isinstance(value, types.ModuleType) else value
-            for name, value in self.names.items()
-        }
-        return _restored_source, (self.text, names)
-
-    def __deepcopy__(self, memo: dict) -> "Source":
-        """Return itself: nothing of it changes."""
-        return self
-
-
-@dataclass(frozen=True)
-class _Named:
-    module: str
-
-
-def _restored_source(text: str, names: dict[str, Any]) -> Source:
-    return Source(
-        text,
-        {
-            name: importlib.import_module(value.module) if isinstance(value, _Named) else value
-            for name, value in names.items()
-        },
-    )
 
 
 def convert(model: nn.Module, *, policy: str = "keep", inplace: bool = False) -> nn.Module:
@@ -268,6 +230,7 @@ def _fused(module: nn.Module, policy: str, path: str, opaque: set[str]) -> list[
 def _install(module: nn.Module, policy: str, fused: list[Fused]) -> None:
     """Let a module run its fused graphs."""
     called = {str(n.target) for f in fused for n in f.graph.nodes if n.op == "call_module"}
+    called |= {target for f in fused for target in f.layers}
     for target in called:
         layer = module.get_submodule(target)
         if next(layer.children(), None) is None:
@@ -280,7 +243,7 @@ def _install(module: nn.Module, policy: str, fused: list[Fused]) -> None:
         conversion.left |= each.left
         conversion.became |= each.became
         code = each.graph.python_code("self")
-        conversion.sources += (Source(code.src, code.globals),)
+        conversion.sources += (Code(code.src, code.globals),)
     vars(module)[RUNNERS] = conversion
     module.__class__ = _subclass(conversion)
 

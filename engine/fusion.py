@@ -5,6 +5,9 @@ between them - batch normalisation, activation, residual sum, 2 x 2 pooling, bil
 concatenation - becomes the source through which a later step reads. A value is written out where
 several nodes use it, or one that does not fuse. Steps are then gathered into segments, whose calls
 take the steps' place in the graph; every other node stays as it was.
+
+A graph read as a `whole` is for a plan, which decides what is kept step by step: then torch's own
+operators without effect become steps too, and steps are gathered as far as their order allows.
 """
 
 import operator
@@ -19,8 +22,9 @@ from torch.nn import functional as F
 
 from ..ops.batch_norm import SyncBatchNorm
 from ..ops.geometry import DTYPES
-from ..ops.program import Conv, Norm, Program, Source, Term, Write
+from ..ops.program import Call, Conv, Norm, Program, Source, Term, Write
 from ..ops.segment import run
+from . import calls
 
 POLICIES = ("keep", "closing", "series")
 RUNNERS = "_fullres"  # the attribute of a converted module that holds its programs
@@ -82,12 +86,16 @@ class Expression:
 
 @dataclass(eq=False)
 class Step:
-    """A convolution of one or two expressions, or without `target` the writing of one."""
+    """A convolution of one or two expressions, or without `target` the writing of one.
+
+    A `call` is a node of torch's own, computed as it is from cells as they are.
+    """
 
     node: fx.Node
     sources: list[Expression]
     out: Cell
     target: str | None = None
+    call: bool = False
     keep: Cell | None = None
     run: str = ""  # the innermost container whose blocks it belongs to
     segment: "Segment | None" = None
@@ -101,7 +109,12 @@ class Step:
     @property
     def cheap(self) -> bool:
         """Whether it writes what one other image alone tells."""
-        return self.target is None and self.sources[0].residual is None
+        return self.writes and self.sources[0].residual is None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes an expression."""
+        return self.target is None and not self.call
 
     @property
     def made(self) -> list[Cell]:
@@ -139,19 +152,27 @@ class Fused:
     programs: dict[str, Program]
     became: dict[str, str]  # module: its segment
     left: dict[str, str]  # module: why it was not fused
+    layers: tuple[str, ...] = ()  # modules that segments call
 
 
-def fuse(graph: fx.Graph, root: nn.Module, policy: str, path: str, prefix: str) -> Fused:
+def fuse(graph: fx.Graph, root: nn.Module, policy: str | None, path: str, prefix: str) -> Fused:
     """Return the graph with its convolutions and what surrounds them fused into segments.
 
     Calls of segments read `root`'s modules by their names, and programs from its attribute
-    `RUNNERS`. path: root's name in its network; prefix: of the segments' names.
+    `RUNNERS`.
+
+    Args:
+        graph: of root.
+        root: what was traced.
+        policy: what segments keep; None reads the graph as a whole, for a plan to decide.
+        path: root's name in its network.
+        prefix: of the segments' names.
     """
     _read_what_is_changed(graph, root)
     written: set[fx.Node] = set()
     unfused: set[fx.Node] = set()
     while True:
-        reader = _Reader(graph, root, written, unfused)
+        reader = _Reader(graph, root, written, unfused, whole=policy is None)
         try:
             reader.read()
             segments = _Gathering(reader).segments()
@@ -184,9 +205,15 @@ class _Reader:
     """The graph's steps, and what every node's value is."""
 
     def __init__(
-        self, graph: fx.Graph, root: nn.Module, written: set[fx.Node], unfused: set[fx.Node]
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        written: set[fx.Node],
+        unfused: set[fx.Node],
+        whole: bool = False,
     ):
         self.graph, self.root, self.written, self.unfused = graph, root, written, unfused
+        self.whole = whole
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.position = {node: number for number, node in enumerate(graph.nodes)}
         self.steps: list[Step] = []
@@ -194,6 +221,7 @@ class _Reader:
         self.pairs: dict[fx.Node, tuple[Expression, Expression]] = {}
         self.cells: dict[fx.Node, Cell] = {}  # a node's whole value, where it is in memory
         self.small: set[fx.Node] = set()  # not of an image's size, as far as the graph tells
+        self.inner: set[fx.Node] = set()  # that calls work out along with themselves
         self.left: dict[str, str] = {}
 
     def read(self) -> None:
@@ -202,10 +230,16 @@ class _Reader:
         for node in reversed(self.graph.nodes):
             if node.op == "output" or any(user in live for user in node.users):
                 live.add(node)
+        if self.whole:
+            self._find_inner()
         for node in self.graph.nodes:
+            if node in self.inner:
+                continue
             # What nobody uses may still move running statistics: it runs as it is.
             fusable = node in live and node not in self.unfused
             value = self._value(node) if fusable else None
+            if value is None and fusable and self.whole:
+                value = self._call(node)
             if value is None:
                 for other in node.all_input_nodes:
                     if other in self.values:
@@ -218,8 +252,9 @@ class _Reader:
                 continue
             value = replace(value, nodes=(*value.nodes, node))
             self.values[node] = value
+            called = value.bare and value.x.cell.step is not None and value.x.cell.step.call
             inputs = node.all_input_nodes
-            if all(other in self.small for other in inputs):
+            if all(other in self.small for other in inputs) or (called and self._is_small(node)):
                 self.small.add(node)
             if not value.bare and (len(node.users) > 1 or node in self.written):
                 self.cell(node, node)
@@ -269,6 +304,40 @@ class _Reader:
                 return "padding 'same' of an even filter"
         return None
 
+    # Calls
+
+    def _find_inner(self) -> None:
+        """Note the inner nodes that nobody but calls uses."""
+        for node in reversed(self.graph.nodes):
+            if calls.is_inner(node) and node.users:
+                if all(u in self.inner or self._may_call(u) for u in node.users):
+                    self.inner.add(node)
+
+    def _may_call(self, node: fx.Node) -> bool:
+        return (
+            node not in self.unfused
+            and calls.is_call(node, self.modules)
+            and not (node.op == "call_module" and has_hooks(self.modules[str(node.target)]))
+        )
+
+    def _call(self, node: fx.Node) -> Expression | None:
+        """Return the value of a node that is computed as it is, from what segments hold."""
+        images = calls.images_of(node) if self._may_call(node) else []
+        held = all(image in self.values or image in self.cells for image in images)
+        if not images or not held or not all(o in self.inner for o in calls.inside(node)):
+            if any(other in self.inner for other in node.all_input_nodes):
+                raise _Conflict(node)  # it needs what was thought to be inner
+            return None
+        sources = [Expression(Read(self.cell(image, node))) for image in images]
+        out = self._step(node, sources)
+        out.step.call = True
+        return Expression(Read(out))
+
+    def _is_called(self, node: fx.Node) -> bool:
+        """Whether a node's value is a call's, which may be of any shape."""
+        step = self.values[node].x.cell.step if node in self.values else None
+        return step is not None and step.call and self.values[node].bare
+
     # One function a kind of node; None means that it does not fuse here.
 
     def _conv(self, node: fx.Node) -> Expression:
@@ -305,7 +374,7 @@ class _Reader:
 
     def _act(self, node: fx.Node, act: str, slope: float) -> Expression | None:
         argument = node.args[0]
-        if argument not in self.values:
+        if argument not in self.values or self._is_called(argument):
             return None
         value = self.of(argument, node)
         if value.act != "none" or value.resample != "none":
@@ -318,7 +387,7 @@ class _Reader:
         left, right = node.args
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             return None
-        if left not in self.values and right not in self.values:
+        if not any(each in self.values and not self._is_called(each) for each in node.args):
             return None  # nothing of ours: it may not be an image at all
         if not all(self._is_image(argument) for argument in node.args):
             return None  # it may be of a size that is spread
@@ -330,7 +399,12 @@ class _Reader:
             reads.append(value.x if value.linear else Read(self.cell(argument, node)))
         # First the one that a convolution has just made: its value is the one to make again, and
         # the other may be spread over it.
-        reads.sort(key=lambda read: (read.norm is None, read.cell.step is None))
+        reads.sort(
+            key=lambda read: (
+                read.norm is None,
+                read.cell.step is None or read.cell.step.call,
+            )
+        )
         nodes = [self.of(argument, node).nodes for argument in (left, right)]
         return Expression(reads[0], reads[1], nodes=(*nodes[0], *nodes[1]))
 
@@ -383,7 +457,7 @@ class _Reader:
 
     def _keep_while_reading(self) -> None:
         """Let a convolution that reads a written value first write it itself, as it loads."""
-        for step in [s for s in self.steps if s.target is None]:
+        for step in [s for s in self.steps if s.writes]:
             source = step.sources[0]
             if source.resample != "none":
                 continue
@@ -546,6 +620,10 @@ def _pair(value: Any) -> tuple[Any, Any]:
 # Gathering steps into segments
 
 
+def _is_outside(node: fx.Node, reader: _Reader) -> bool:
+    return node not in reader.values and node not in reader.pairs and node not in reader.inner
+
+
 class _Gathering:
     """Segments, grown step by step in the graph's order."""
 
@@ -560,7 +638,7 @@ class _Gathering:
         self.outside: dict[Cell, list[fx.Node]] = {}  # nodes that are not fused and read a cell
         for node, cell in reader.cells.items():
             for user in node.users:
-                if user not in reader.values and user not in reader.pairs:
+                if _is_outside(user, reader):
                     self.outside.setdefault(cell, []).append(user)
 
     def segments(self) -> list[Segment]:
@@ -598,6 +676,8 @@ class _Gathering:
         Those of one container's blocks should not: what lies between blocks is then made again
         under the policy "series", and what enters and leaves the container is kept.
         """
+        if self.reader.whole:
+            return True
         inner = any(
             r.cell.step in segment.steps
             and r.cell.step.target is not None
@@ -663,12 +743,15 @@ class _Gathering:
 # Writing the graph anew
 
 
-def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, prefix: str) -> Fused:
-    graph, root = fx.Graph(), reader.root
+def _emit(
+    reader: _Reader, segments: list[Segment], policy: str | None, path: str, prefix: str
+) -> Fused:
+    graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     images: dict[Cell, fx.Node] = {}
     programs: dict[str, Program] = {}
     became: dict[str, str] = {}
+    all_layers: list[str] = []
     at: dict[fx.Node, list[Segment]] = {}
     gathering = {
         id(segment): max((step.node for step in segment.steps), key=lambda n: reader.position[n])
@@ -683,7 +766,7 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
                 readers.setdefault(read.cell, []).append(segment)
     for node, cell in reader.cells.items():
         for user in node.users:
-            if user not in reader.values and user not in reader.pairs:
+            if _is_outside(user, reader):
                 readers.setdefault(cell, []).append(user)
 
     def image(cell: Cell) -> fx.Node:
@@ -696,14 +779,20 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
     for node in reader.graph.nodes:
         for segment in at.get(node, ()):
             name = f"{prefix}_{next(numbers)}"
-            program, inputs, outputs = _program(segment, readers, root, policy)
-            called = [step.target or _path_of(step.sources[0].nodes[-1]) for step in segment.steps]
+            if policy is None:
+                segment.steps = _late(segment, readers, reader)
+            program, inputs, outputs = _program(segment, readers, reader, policy)
+            called = [step.target or _path_of(_named(step)) for step in segment.steps]
             full = tuple(f"{path}.{each}" if path else each for each in called)
             programs[name] = replace(program, names=full)
             convs = [step.target for step in segment.steps if step.target]
             norms = [norm.target for norm in segment.norms]
             nodes = [node for s in segment.steps for e in s.sources for node in e.nodes]
+            nodes += [step.node for step in segment.steps if step.call]
             others = [str(node.target) for node in nodes if node.op == "call_module"]
+            layers = [
+                str(s.node.target) for s in segment.steps if s.call and s.node.op == "call_module"
+            ]
             became |= dict.fromkeys([*others, *convs, *norms], name)
             call = graph.call_function(
                 run,
@@ -712,18 +801,19 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
                     [image(cell) for cell in inputs],
                     [graph.get_attr(target) for target in convs],
                     [graph.get_attr(target) for target in norms],
+                    *([[graph.get_attr(target) for target in layers]] if layers else []),
                 ),
             )
             for number, cell in enumerate(outputs):
                 images[cell] = graph.call_function(operator.getitem, (call, number))
-        if node not in reader.values and node not in reader.pairs:
+        if _is_outside(node, reader):
             env[node] = graph.node_copy(node, mapped)
             if _changes_input(node, reader.modules) and node.args[0] in reader.values:
                 # A segment may keep what this would change.
                 with graph.inserting_before(env[node]):
                     own = graph.call_method("clone", (env[node].args[0],))
                 env[node].args = (own, *env[node].args[1:])
-    return Fused(graph, programs, became, reader.left)
+    return Fused(graph, programs, became, reader.left, tuple(all_layers))
 
 
 def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -739,11 +829,53 @@ def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return (inplace and hasattr(operator, name[1:])) or bool(node.kwargs.get("inplace", False))
 
 
+def _named(step: Step) -> fx.Node:
+    """Return the node that a step without a convolution is named after."""
+    return step.node if step.call else step.sources[0].nodes[-1]
+
+
+def _late(segment: Segment, readers: dict[Cell, list[Any]], reader: _Reader) -> list[Step]:
+    """Return a segment's steps, those that a single step reads right before it.
+
+    What such a step reads must wait for backward in any case; so the later it makes its own result,
+    and the sooner backward has done with it, the shorter that lives. Steps that draw random numbers
+    keep the order of all.
+    """
+    if any(s.call and calls.is_random(s.node, reader.modules) for s in segment.steps):
+        return segment.steps
+    inside: dict[Cell, list[Step]] = {}
+    for step in segment.steps:
+        for cell in dict.fromkeys(read.cell for read in step.reads):
+            inside.setdefault(cell, []).append(step)
+    waiting: dict[Step, list[Step]] = {}
+    for step in segment.steps:
+        users = [user for cell in step.made for user in inside.get(cell, ())]
+        if len(users) == 1 and all(
+            each is segment for cell in step.made for each in readers.get(cell, ())
+        ):
+            waiting.setdefault(users[0], []).append(step)
+    late = {step for steps in waiting.values() for step in steps}
+    order: list[Step] = []
+    pending = [step for step in reversed(segment.steps) if step not in late]
+    ready: set[Step] = set()
+    while pending:
+        step = pending[-1]
+        if step in waiting and step not in ready:
+            ready.add(step)
+            pending += reversed(waiting[step])
+            continue
+        order.append(pending.pop())
+    return order
+
+
 def _program(
-    segment: Segment, readers: dict[Cell, list[Any]], root: nn.Module, policy: str
+    segment: Segment,
+    readers: dict[Cell, list[Any]],
+    reader: _Reader,
+    policy: str | None,
 ) -> tuple[Program, list[Cell], list[Cell]]:
     """Return a segment as a program, with the cells of its inputs and outputs."""
-    steps, norms = segment.steps, segment.norms
+    steps, norms, root = segment.steps, segment.norms, reader.root
     made = [cell for step in steps for cell in step.made]
     inputs = list(dict.fromkeys(r.cell for step in steps for r in step.reads if r.cell not in made))
     outputs = [
@@ -754,6 +886,8 @@ def _program(
     slots = {cell: number for number, cell in enumerate([*inputs, *dict.fromkeys(made)])}
     convs = [step.target for step in steps if step.target]
     first_norm = 2 * len(convs)
+    first_layer = first_norm + 4 * len(norms)
+    layers, taken = 0, first_layer
 
     def term(read: Read) -> Term:
         return Term(slots[read.cell], None if read.norm is None else norms.index(read.norm))
@@ -765,6 +899,27 @@ def _program(
     numbered = []
     conv_number = count()
     for step in steps:
+        if step.call:
+            images = calls.images_of(step.node)
+            own: tuple[int, ...] = ()
+            if is_module := step.node.op == "call_module":
+                count_ = len(list(root.get_submodule(str(step.node.target)).parameters()))
+                own = tuple(range(taken, taken + count_))
+                taken += count_
+            numbered.append(
+                Call(
+                    calls.code_of(step.node, images),
+                    tuple(slots[e.x.cell] for e in step.sources),
+                    (layers,) if is_module else (),
+                    own,
+                    slots[step.out],
+                    linear=calls.is_linear(step.node, reader.modules),
+                    random=calls.is_random(step.node, reader.modules),
+                    cast=any(step.out is r.cell for s in steps if not s.call for r in s.reads),
+                )
+            )
+            layers += is_module
+            continue
         if step.target is None:
             numbered.append(Write(source(step.sources[0]), slots[step.out]))
             continue
@@ -793,9 +948,11 @@ def _program(
         given = [None if part is None else base + i for i, part in enumerate(parts)]
         tables.append(Norm(slots[norm.cell], *given))
     program = Program(
-        len(inputs), first_norm + 4 * len(norms), tuple(numbered), tuple(tables),
+        len(inputs), taken, tuple(numbered), tuple(tables),
         tuple(slots[cell] for cell in outputs),
     )  # fmt: skip
+    if policy is None:
+        return program, inputs, outputs
     if policy == "series":
         program = program.changed(again=((0, len(steps)),))
     return program.changed(dropped=dropped(program, policy)), inputs, outputs

@@ -418,6 +418,8 @@ class _Bound:
     parameters: dict[str, Tensor]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.parameters:
+            return self.layer(*args, **kwargs)
         return torch.func.functional_call(self.layer, self.parameters, args, kwargs)
 
 
