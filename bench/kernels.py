@@ -15,15 +15,17 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
+from ..engine.hardware import Hardware, hardware
 from ..engine.precompile import record_launches
 from ..ops import dispatch
 from .case import Case, Results, wrong
-from .layers import H200, Layer, Rates, collect
+from .layers import H200, Layer, collect
 from .providers import dispatched, providers
 from .record import environment, save, table
 from .roofline import draw
@@ -139,7 +141,7 @@ def compile_rows(layers: Iterable[Layer], N: int, target: str, out: Path) -> lis
     return judged(build(record_launches(step, target), out, progress))
 
 
-def _work(layer: Layer, uses: Counter, pass_: str, N: int, rates: Rates) -> dict:
+def _work(layer: Layer, uses: Counter, pass_: str, N: int, rates: Hardware) -> dict:
     moved, flop = layer.bytes(pass_, N), layer.flop(pass_, N)
     return {
         "layer": layer.name,
@@ -204,7 +206,7 @@ def _measure(layers: dict[Layer, Counter], out: Path, seconds: float | None) -> 
 def _measured(
     layer: Layer,
     uses: Counter,
-    rates: Rates,
+    rates: Hardware,
     build: Path,
     decide: Callable[[list[dict]], Path],
 ) -> list[dict]:
@@ -333,8 +335,8 @@ def _target() -> str | None:
     return {(8, 0): "sm_80", (9, 0): "sm_90"}.get(torch.cuda.get_device_capability())
 
 
-def _rates() -> Rates:
-    """Return this card's bytes a second in a copy, and FLOP a second in a large product."""
+def _rates() -> Hardware:
+    """Return this card with the rates of a copy and of a large product as measured."""
     from triton.testing import do_bench
 
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -342,5 +344,5 @@ def _rates() -> Rates:
     copy = do_bench(lambda: target.copy_(source), warmup=50, rep=200, return_mode="median")
     a = torch.randn(8192, 8192, device="cuda").to(DTYPE)
     product = do_bench(lambda: a @ a, warmup=50, rep=200, return_mode="median")
-    rates = 2 * source.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
-    return Rates(torch.cuda.get_device_name(), *rates)
+    rates = {"copy": 2 * source.numel() / copy * 1e3, "product": 2 * 8192**3 / product * 1e3}
+    return replace(hardware(), name=torch.cuda.get_device_name(), **rates)

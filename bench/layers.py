@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..engine.hardware import HARDWARE, Hardware
 from ..models import resnet50, uresnet
 from ..ops.conv_backward import takes_one_pass
 from ..ops.dispatch import Shape, prefer
@@ -30,26 +31,13 @@ from ..ops.fuse import Prologue
 from ..ops.geometry import Geometry
 
 SIZE = (1260, 2048)  # of a detector plane; the U-ResNet fills it up to its own multiple by itself
+H200 = HARDWARE["h200"]
 PASSES = ("forward", "dgrad", "wgrad", "backward", "layer")
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {  # network, and its activation
     **{name: (lambda name=name: uresnet(name), "leaky_relu") for name in ("uresnet", "a21")},
     "polaris": (lambda: uresnet("polaris"), "leaky_relu"),
     "resnet50": (resnet50, "relu"),
 }
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a card can do: bytes a second of a copy, FLOP a second of a large 16-bit product."""
-
-    name: str
-    copy: float
-    product: float
-    shared: float | None = None  # bytes a second from all shared memories together
-
-
-# Measured on one by its owners; shared memory: 132 processors x 128 bytes x 1.7 GHz.
-H200 = Rates("H200 (published)", copy=4.3e12, product=790e12, shared=132 * 128 * 1.7e9)
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ class Layer:
         moved["layer"] = moved["forward"] + moved["wgrad" if self.first else "backward"]
         return moved[pass_]
 
-    def roof(self, pass_: str, N: int, rates: Rates, itemsize: int = 2) -> float:
+    def roof(self, pass_: str, N: int, rates: Hardware, itemsize: int = 2) -> float:
         """Return the least seconds that a pass over N images takes."""
         if pass_ == "layer":
             parts = "forward", "wgrad" if self.first else "backward"
@@ -145,7 +133,7 @@ class Layer:
         moved, flop = self.bytes(pass_, N, itemsize), self.flop(pass_, N)
         return max(moved / rates.copy, flop / rates.product)
 
-    def predicted(self, pass_: str, N: int, rates: Rates, itemsize: int = 2) -> float:
+    def predicted(self, pass_: str, N: int, rates: Hardware, itemsize: int = 2) -> float:
         """Return the seconds that our kernels could come to: the roof, or their shared memory's.
 
         A tile of an operand is written to shared memory and read from it once a tap, and once for
@@ -163,7 +151,7 @@ class Layer:
         shared = 2 * values * itemsize / rates.shared if rates.shared else 0.0
         return max(self.roof(pass_, N, rates, itemsize), shared)
 
-    def torch_predicted(self, pass_: str, N: int, rates: Rates, merged: bool) -> float:
+    def torch_predicted(self, pass_: str, N: int, rates: Hardware, merged: bool) -> float:
         """Return the seconds of a forward pass or a layer in torch at these rates, in 16 bits.
 
         Every operator reads and writes whole tensors. Forward, the normalisation passes y once for
@@ -179,7 +167,7 @@ class Layer:
         products = product if self.first else 2 * product
         return forward + products + self.norm * (7 if merged else 8) * y / rates.copy
 
-    def bound(self, pass_: str, N: int, rates: Rates, itemsize: int = 2) -> str:
+    def bound(self, pass_: str, N: int, rates: Hardware, itemsize: int = 2) -> str:
         """Return which of the two the roof is: "memory" or "arithmetic"."""
         intensity = self.flop(pass_, N) / self.bytes(pass_, N, itemsize)
         return "arithmetic" if intensity > rates.product / rates.copy else "memory"

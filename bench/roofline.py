@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .layers import Rates
+from ..engine.hardware import Hardware
 
 
 def draw(
-    path: Path, rates: Rates, points: dict[str, Sequence[tuple[float, float]]], title: str
+    path: Path, rates: Hardware, points: dict[str, Sequence[tuple[float, float]]], title: str
 ) -> None:
     """Write a PNG of points (FLOP a byte, TFLOP/s), a series a name, under the rates' roof."""
     from matplotlib.figure import Figure

@@ -24,7 +24,7 @@ from .pointwise import moments_triton, prologue_triton
 
 # Four images at once, with their residuals, and a product of more channels than these take more
 # registers than a device has: then a pass of its own pools, which writes a quarter of the pixels.
-_POOLED_CHANNELS = 32
+POOLED_CHANNELS = 32
 
 
 @torch.library.custom_op("fullres::conv2d_fwd", mutates_args=(), device_types="cpu")
@@ -161,7 +161,7 @@ def conv2d_fwd_triton(
         return y, stats.zero_(), z
     if _takes_cudnn(sources, geometry, size):
         return conv2d_fwd_cudnn(sources, weight, bias, geometry, moments, keep)
-    if resample == "pool2" and x.shape[1] > _POOLED_CHANNELS:
+    if resample == "pool2" and x.shape[1] > POOLED_CHANNELS:
         pooled = prologue_triton(x, norm, residual, residual_norm, act, slope, resample)
         sources[0] = Prologue(pooled)
     z = None
