@@ -1,6 +1,7 @@
 """The times by which a planner weighs recomputation: bytes and FLOP of what really runs."""
 
 from collections import Counter
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -175,6 +176,12 @@ def test_what_a_convolution_keeps_is_written_and_its_gradient_added():
     w = 16 * 16 * 9
     assert moved(layer.again) == [3 * T + 2 * w]
     assert moved(layer.backward) == [5 * T + 6 * w]
+    # Where it strides, what it keeps is written before, and read.
+    steps[1] = replace(steps[1], stride=(2, 2))
+    strided = sizes | {2: size(16, 2), 4: size(16, 2)}
+    steps[2] = Write(leaky(2, 1), 4)
+    _, layer, _ = work(steps, [Norm(1), Norm(2)], strided, [(16, 16, 3, 3)] * 2)
+    assert moved(layer.again) == [2 * T, T + T // 4 + 2 * w]
     # A gradient of what it keeps alone goes through act and norm.
     sizes = {slot: size(16) for slot in range(4)}
     _, layer = work(steps[:2], [Norm(1)], sizes, [(16, 16, 3, 3)] * 2)
@@ -242,17 +249,32 @@ def test_moments_of_what_no_convolution_makes_are_a_pass():
     assert first.forward == [Pass(2 * T), Pass(0), Pass(0)]
 
 
-def test_gradients_of_two_norms_become_one_image():
-    steps = [
-        Conv((Source(Term(0)),), 0, None, out=1, **SAME),
-        Write(leaky(1, 0), 2),
-        Write(leaky(1, 1, Term(2)), 3),
-    ]
-    sizes = {slot: size(16) for slot in range(4)}
-    conv, *_ = work(steps, [Norm(1), Norm(1)], sizes, [(16, 16, 3, 3)])
-    assert conv.forward[1:] == [Pass(0, launches=3)]  # merged once, for both norms
-    # Through each, their sum, and dw of that alone.
-    assert moved(conv.backward) == [3 * T, 3 * T, 3 * T, 2 * T + 4 * 16 * 16 * 9]
+def test_gradients_of_an_image_that_several_read_are_added():
+    w, sizes = 16 * 16 * 9, {slot: size(16) for slot in range(4)}
+
+    def conv(first, second, norms):
+        steps = [Conv((Source(Term(0)),), 0, None, out=1, **SAME), Write(leaky(1, first), 2)]
+        steps.append(Write(leaky(1, second, Term(2)), 3))
+        return work(steps, [Norm(1)] * norms, sizes, [(16, 16, 3, 3)])
+
+    made, *_ = conv(0, 1, 2)
+    assert made.forward[1:] == [Pass(0, launches=3)]  # merged once, for both norms
+    # Through each norm, their sum, and dw of that alone.
+    assert moved(made.backward) == [3 * T, 3 * T, 3 * T, 2 * T + 4 * w]
+    # As it is, and through a norm.
+    made, *_ = conv(None, 0, 1)
+    assert moved(made.backward) == [3 * T, 3 * T, 2 * T + 4 * w]
+    # Twice through one norm: added before they go through it, and read with y.
+    made, second, _ = conv(0, 0, 1)
+    assert moved(second.backward) == [3 * T, 3 * T]
+    assert moved(made.backward) == [3 * T + 4 * w]
+
+
+def test_a_norm_alone_may_ask():
+    program = Program(1, 2, (Write(leaky(0, 0), 1),), (Norm(0, 0, 1),), (1,))
+    needs = [False, True, True]
+    (write,) = step_work(program, {0: size(16), 1: size(16)}, {}, torch.bfloat16, needs)
+    assert moved(write.backward) == [3 * T]  # g, whose sums are all that is asked for
 
 
 def test_calls_run_again_for_their_gradients():
