@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from ..engine.hardware import Hardware, hardware
+from ..engine.cards import Hardware, hardware
 from ..engine.precompile import record_launches
 from ..ops import dispatch
 from .case import Case, Results, wrong

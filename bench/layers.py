@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..engine.hardware import HARDWARE, Hardware
+from ..engine.cards import HARDWARE, Hardware
 from ..models import resnet50, uresnet
 from ..ops.conv_backward import takes_one_pass
 from ..ops.dispatch import Shape, prefer

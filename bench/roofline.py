@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..engine.hardware import Hardware
+from ..engine.cards import Hardware
 
 
 def draw(

@@ -34,7 +34,7 @@ from ..ops.dispatch import prefer
 from ..ops.fuse import Prologue, resampled_size
 from ..ops.geometry import Geometry
 from ..ops.program import Call, Conv, Program, Source, Step, made, source_asks, term_asks
-from .hardware import Hardware
+from .cards import Hardware
 
 PARAMETER = 4  # bytes of a value of a weight's gradient, float32
 

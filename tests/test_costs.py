@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from fullres import convert
 from fullres.bench.kernels import network_rows
 from fullres.bench.layers import H200, collect
-from fullres.engine import costs, hardware
+from fullres.engine import cards, costs
+from fullres.engine.cards import HARDWARE, hardware
 from fullres.engine.costs import Pass, offload_time, step_times, step_work
-from fullres.engine.hardware import HARDWARE
 from fullres.models import UResNetConfig, resnet50, uresnet
 from fullres.ops import segment
 from fullres.ops.dispatch import VARIABLE
@@ -479,15 +479,15 @@ def test_more_images_take_longer(full_size):
 
 def test_an_unknown_card_names_the_known():
     with pytest.raises(ValueError, match=r"hardware: want one of h200, h100.*, got 'h300'"):
-        hardware.hardware("h300")
+        hardware("h300")
 
 
 def test_a_product_has_the_rate_of_its_dtype(monkeypatch):
     card, old = HARDWARE["a100-40"], HARDWARE["v100-16"]
     assert card.product_of(torch.bfloat16) == card.product_of(torch.float16) == 0.8 * 312e12
-    monkeypatch.setattr(hardware, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(cards, "tf32_allowed", lambda: False)
     assert card.product_of(torch.float32) == 0.8 * 19.5e12
-    monkeypatch.setattr(hardware, "tf32_allowed", lambda: True)
+    monkeypatch.setattr(cards, "tf32_allowed", lambda: True)
     assert card.product_of(torch.float32) == 0.8 * 156e12
     assert old.product_of(torch.float32) == 0.8 * 15.7e12
     with pytest.raises(ValueError, match=r"dtype: want .*, got torch.float64"):
@@ -529,7 +529,7 @@ def test_the_present_card_is_known_by_name_and_memory(monkeypatch, device, gib, 
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Properties)
-    found = hardware.hardware()
+    found = hardware()
     assert found.memory == Properties.total_memory
     assert (found.copy, found.product) == (
         HARDWARE[known or "h200"].copy,
@@ -540,7 +540,7 @@ def test_the_present_card_is_known_by_name_and_memory(monkeypatch, device, gib, 
 
 def test_without_a_card_it_is_an_h200(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert hardware.hardware() is HARDWARE["h200"]
+    assert hardware() is HARDWARE["h200"]
 
 
 def test_offloading_goes_at_the_rate_of_the_bus():
