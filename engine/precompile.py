@@ -11,21 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-
-class _DevicePath(TorchDispatchMode):
-    """Run the CUDA implementation of our operators, whatever the device of their tensors."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        if func.namespace == "fullres":
-            func = OPDEFS[func._schema.name]._backend_fns["cuda"]
-            with self:  # a mode is off while it is asked: operators may call others of ours
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+from .fakes import DevicePath, stand_in
 
 
 def record_launches(step: Callable[[], Any], target: str, first: bool = False) -> list:
@@ -38,12 +27,7 @@ def record_launches(step: Callable[[], Any], target: str, first: bool = False) -
     """
     from ..kernels import launches  # here: importing the engine must not need triton
 
-    def stand_in(argument: Any) -> Any:
-        if isinstance(argument, Tensor):
-            return launches.tensor_argument(argument.dtype, argument.untyped_storage().nbytes())
-        return argument
-
-    with launches.recorded(target, stand_in, first) as made, FakeTensorMode(), _DevicePath():
+    with launches.recorded(target, stand_in, first) as made, FakeTensorMode(), DevicePath():
         step()
     return list(made)
 

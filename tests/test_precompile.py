@@ -116,7 +116,7 @@ def test_a_process_with_the_cache_compiles_nothing(built):
     program = """
 from unittest import mock
 import torch, triton
-from fullres.engine.precompile import _DevicePath
+from fullres.engine.fakes import DevicePath
 from fullres.kernels import launches
 from fullres.ops.conv import conv2d
 
@@ -137,7 +137,7 @@ with (
     launches.posing_as("sm_80"),
     mock.patch.object(launches.JITFunction, "run", launch),
     mock.patch.object(launches.Autotuner, "run", tune),
-    _DevicePath(),
+    DevicePath(),
 ):
     conv2d(x, weight, padding=1)
 print(len(hits), all(hits))
