@@ -1,6 +1,10 @@
 """The meter: bytes counted on paper, and by other means, are the bytes it reports."""
 
 import gc
+import importlib
+import json
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +13,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fullres.bench.memory import checkpoint_blocks, cross_entropy
-from fullres.engine import LiveBytes, meter
+from fullres.engine import LiveBytes, convert, meter
+from fullres.engine.live_bytes import Span
+from fullres.engine.memory_report import Alive, readable
 from fullres.models import UResNetConfig, resnet18, uresnet
 
 GIB = 2**30
@@ -162,12 +168,15 @@ def test_stored_bytes_equal_those_that_autograd_is_given(make, shape):
     assert sum(report.stored_by_module.values()) == report.stored
 
 
+SMALL = UResNetConfig(2, 2, deepest_channels=4)
+PLAIN = UResNetConfig(2, 2, residual=False, deepest_channels=4)
+
+
 def test_fake_and_real_steps_agree_at_every_operator():
-    config = UResNetConfig(2, 2, residual=False, deepest_channels=4)
     shape = (2, 3, 16, 24)
-    report = meter(uresnet(config), shape)
+    report = meter(uresnet(PLAIN), shape)
     with LiveBytes() as live:
-        model = uresnet(config)
+        model = uresnet(PLAIN)
         x = torch.zeros(shape)
         gc.collect()
         start = len(live.timeline)
@@ -176,6 +185,107 @@ def test_fake_and_real_steps_agree_at_every_operator():
     real = live.timeline[start:]
     assert [s.operator for s in report.timeline] == [s.operator for s in real]
     assert [s.live for s in report.timeline] == [s.live for s in real]
+
+
+@pytest.mark.parametrize(
+    ("change", "autocast", "foreach"),
+    [
+        pytest.param(lambda model: model, None, False, id="torch"),
+        pytest.param(checkpoint_blocks, None, True, id="checkpoint"),
+        # torch's own normalisation saves float32 statistics where its fake kernel says bfloat16
+        pytest.param(lambda model: convert(model, policy="series"), torch.bfloat16, False,
+                     id="series"),
+    ],
+)  # fmt: skip
+def test_a_real_step_counts_what_a_fake_one_does(change, autocast, foreach):
+    model = change(uresnet(SMALL))
+    options = {
+        "criterion": cross_entropy,
+        "optimizer": lambda p: torch.optim.AdamW(p, foreach=foreach),
+        "autocast": autocast,
+    }
+    fake, real = (meter(model, (1, 3, 16, 24), device=d, **options) for d in (None, "cpu"))
+    assert (fake.device, real.device) == ("fake", "cpu")
+    for name in ("timeline", "spans", "stored", "optimizer", "gradients", "after_forward", "peak"):
+        assert getattr(fake, name) == getattr(real, name), name
+    assert real.allocated is real.reserved is None
+
+
+def test_a_real_step_leaves_the_model_and_the_seed():
+    model = nn.Sequential(*chain(1), nn.BatchNorm2d(4), nn.Dropout())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    seed = torch.random.get_rng_state()
+    seen = []
+    model[0].register_forward_hook(lambda module, x, y: seen.append(module.weight.clone()))
+    meter(model, (2, 4, 8, 8), optimizer=torch.optim.AdamW, device="cpu")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    # Of its values ran a copy, but for the weight decay of the step that made the state.
+    torch.testing.assert_close(seen[0], state["0.weight"], rtol=1e-4, atol=0)
+    with torch.device("meta"):
+        model = chain(1)
+    assert meter(model, (2, 4, 8, 8), device="cpu").peak == meter(model, (2, 4, 8, 8)).peak
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "cuda"])
+def test_devices_that_are_not_there_are_refused(device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=f"device: want .*got '{device}'"):
+        meter(chain(1), (2, 4, 8, 8), device=device)
+
+
+def test_live_bytes_of_each_step_are_those_of_the_second():
+    """Real steps leak nothing: neither tensors nor what the mode keeps of them."""
+    with LiveBytes() as live:
+        model = convert(uresnet(SMALL), policy="series")
+        steps = torch.optim.AdamW(model.parameters())
+        ends = []
+        for _ in range(5):
+            steps.zero_grad()
+            loss = cross_entropy(model(torch.zeros(1, 3, 16, 24)))
+            loss.backward()
+            steps.step()
+            gc.collect()
+            ends.append((live.now, len(live.alive_at(len(live.timeline) - 1))))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert ends[0][0] >= 4 * weights  # with gradients and two moments
+    assert ends[1:] == ends[1:2] * 4
+
+
+FEW = nn.Sequential(nn.Linear(3, 5), nn.Dropout(), nn.ReLU(True), nn.LayerNorm(5))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "options"),
+    [
+        pytest.param(uresnet(SMALL), (1, 3, 16, 24), {"autocast": torch.bfloat16}, id="torch"),
+        pytest.param(resnet18(num_classes=5), (1, 3, 40, 33), {"dtype": torch.half}, id="half"),
+        pytest.param(checkpoint_blocks(uresnet(PLAIN)), (1, 3, 16, 24), {}, id="checkpoint"),
+        pytest.param(convert(uresnet(SMALL)), (1, 3, 16, 24),
+                     {"autocast": torch.bfloat16, "optimizer": torch.optim.AdamW}, id="keep"),
+        pytest.param(FEW, (7, 3), {"optimizer": torch.optim.AdamW}, id="adamw"),
+        pytest.param(FEW, (7, 3), {"optimizer": lambda p: torch.optim.AdamW(
+            p, foreach=True, amsgrad=True)}, id="foreach"),
+        pytest.param(FEW, (7, 3), {"optimizer": lambda p: torch.optim.AdamW(p, fused=True)},
+                     id="fused"),
+        pytest.param(FEW, (7, 3), {"optimizer": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)},
+                     id="momentum"),
+    ],
+)  # fmt: skip
+def test_remembered_results_are_those_of_fake_kernels(model, shape, options, monkeypatch):
+    module = importlib.import_module("fullres.engine.meter")
+    calls = []
+
+    class Asking(module.Remembered):
+        def __call__(self, func, args, kwargs):
+            calls.append(func)
+            return func(*args, **kwargs)
+
+    remembered = meter(model, shape, **options)
+    monkeypatch.setattr(module, "Remembered", Asking)
+    assert meter(model, shape, **options) == remembered
+    assert calls
 
 
 def test_the_allocator_counts_the_same_peak():
@@ -350,3 +460,237 @@ def test_checkpointed_blocks_compute_the_same(rng):
         sum(plane.square().sum() for plane in network(x)).backward()
     for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+# What is alive at the peak
+
+
+def test_what_is_alive_at_the_peak_adds_up_and_has_names():
+    image, weight = 2 * 4 * 30 * 40 * 4, 4 * 4 * 3 * 3 * 4
+    report = meter(chain(3), (2, 4, 30, 40))
+    # As counted on paper above: x, the output, and around the middle layer its input and both
+    # gradients, of which the last one's pass made the first.
+    backward = "aten.convolution_backward.default"
+    expected = {
+        Alive("input", "", "x", image, 1),
+        Alive("forward", "0", "aten.convolution.default", image, 1),
+        Alive("forward", "2", "aten.convolution.default", image, 1),
+        Alive("backward", "2", backward, image + weight, 2),
+        Alive("backward", "1", backward, image + weight, 2),
+        *(Alive("parameters", name, "weight", weight, 1) for name in "012"),
+        Alive("criterion", "", "aten.add.Tensor", NUMBER, 1),
+        Alive("backward", "", "aten.ones_like.default", NUMBER, 1),
+    }
+    assert set(report.at_peak) == expected
+    assert sum(alive.bytes for alive in report.at_peak) == report.peak
+    assert [a.bytes for a in report.at_peak] == sorted((a.bytes for a in expected), reverse=True)
+
+
+def test_spans_say_when_each_tensor_lived():
+    report = meter(chain(3), (2, 4, 30, 40), optimizer=torch.optim.AdamW)
+    last = len(report.timeline) - 1
+    spans = {(s.phase, s.module, s.operator): s for s in report.spans}
+    assert spans["input", "", "x"][-2:] == (0, last)
+    assert spans["state", "0", "weight"].first == 0
+    convolution = "aten.convolution.default"
+    made = next(n for n, s in enumerate(report.timeline) if s.module == "0")
+    freed = next(n for n, s in enumerate(report.timeline)
+                 if (s.phase, s.module) == ("backward", "1"))  # fmt: skip
+    size = 2 * 4 * 30 * 40 * 4
+    assert spans["forward", "0", convolution] == Span(
+        "forward", "0", convolution, size, made, freed
+    )
+
+
+def test_every_peak_adds_up():
+    for policy in ("keep", "series"):
+        model = convert(uresnet(SMALL), policy=policy)
+        report = meter(model, (2, 3, 40, 48), optimizer=torch.optim.AdamW)
+        assert sum(alive.bytes for alive in report.at_peak) == report.peak
+        before = [
+            a for a in report.at_peak if a.phase in ("parameters", "buffers", "state", "input")
+        ]
+        assert sum(a.bytes for a in before) == (
+            report.input + report.parameters + report.buffers + report.optimizer
+        )
+        assert all(span.first <= span.last for span in report.spans)
+
+
+def test_the_table_names_the_tensor_at_fault():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(*chain(1))
+
+        def forward(self, x):
+            return self.inner(x).repeat(8, 1, 1, 1)
+
+    report = meter(Net(), (2, 4, 30, 40), optimizer=torch.optim.AdamW)
+    sums, largest = (part.split("\n") for part in str(report).split("\n\n"))
+    assert sums[0] == "A training step on fake tensors"
+    image = 2 * 4 * 30 * 40 * 4
+    found = {line.split("  ")[0]: line for line in sums[1:]}
+    assert readable(image) in found["input"] and readable(report.optimizer) in found["optimizer"]
+    assert readable(report.peak) in found["peak"] and "in backward, after " in found["peak"]
+    # The largest thing is the repeated image, and it says who made it.
+    share = f"{100 * 8 * image / report.peak:.1f}%"
+    assert largest[1].split()[:4] == [*readable(8 * image).split(), share, "forward"]
+    assert "aten.repeat.default" in largest[1]
+    assert len(largest) == 1 + min(12, len(report.at_peak)) + (len(report.at_peak) > 12)
+
+
+@pytest.mark.parametrize(("size", "text"), [
+    (0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"),
+    (2**40, "1024.00 GiB"),
+])  # fmt: skip
+def test_sizes_are_readable(size, text):
+    assert readable(size) == text
+
+
+def test_the_report_goes_through_json():
+    report = meter(chain(2), (2, 4, 8, 9))
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["peak"] == report.peak and found["peak_at"]["live"] == report.peak
+    assert sum(alive["bytes"] for alive in found["at_peak"]) == report.peak
+    assert "timeline" not in found and "spans" not in found
+    assert [s["live"] for s in report.as_dict(timeline=True)["timeline"]] == [
+        s.live for s in report.timeline
+    ]
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = meter(convert(uresnet(SMALL)), (2, 3, 40, 48), optimizer=torch.optim.AdamW)
+    file = report.plot(tmp_path / "memory.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    svg = report.plot(tmp_path / "memory.svg").read_text()
+    for words in ("live", "optimizer", "backward", report.peak_at.module.split(".")[0]):
+        assert f"<!-- {words}" in svg or words in svg
+
+
+def test_areas_of_a_picture_are_few_and_lose_nothing():
+    report = meter(resnet18(num_classes=5), (1, 3, 64, 64), optimizer=torch.optim.AdamW)
+    areas = report._areas()
+    assert len(areas) <= 10
+    assert sum(span.bytes for spans in areas.values() for span in spans) == report.peak
+
+
+def test_without_matplotlib_the_picture_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ImportError, match="fullres\\[train\\]"):
+        meter(chain(1), (2, 4, 8, 8)).plot(tmp_path / "memory.png")
+
+
+# Held or dropped, here or on the host, inside operators
+
+
+def test_an_output_that_is_dropped_is_gone_before_the_backward_pass():
+    image = 2 * 4 * 30 * 40 * 4
+    held, dropped = (meter(chain(3), (2, 4, 30, 40), hold_output=hold) for hold in (True, False))
+    assert dropped.stored == held.stored
+    assert dropped.peak == held.peak - image
+    ends = {report.timeline[-1].live for report in (held, dropped)}
+    assert max(ends) - min(ends) == image
+    # What the loss has saved lives on.
+    squares = [meter(chain(3), (2, 4, 30, 40), criterion=lambda y: y.square().sum(), hold_output=h)
+               for h in (True, False)]  # fmt: skip
+    assert squares[0].timeline[-1].live - squares[1].timeline[-1].live == image
+    at = next(n for n, s in enumerate(squares[0].timeline) if s.phase == "backward")
+    assert squares[0].timeline[at].live == squares[1].timeline[at].live
+
+
+def test_other_devices_count_apart():
+    card = torch.device("cuda:0")
+    with FakeTensorMode(), LiveBytes(card) as live:
+        x = torch.empty(10, device=card)
+        y = torch.empty(20)
+        assert (live.now, live.host) == (40, 80)
+        z = x.to("cpu")
+        assert (live.now, live.host) == (40, 120)
+        del y, x
+        assert (live.now, live.host) == (0, 40)
+        assert live.alive_at(0) == [Span("", "", "aten.empty.memory_format", 40, 0, 2)]
+        del z
+
+
+def test_a_host_copy_counts_apart_from_its_birth():
+    with FakeTensorMode(), LiveBytes() as live:
+        x = torch.empty(10)
+        y = torch.empty(20)
+        live.move_to_host(y.untyped_storage())
+        live.move_to_host(y.untyped_storage())
+        y[:10].copy_(x)
+        assert (live.now, live.host, live.peak) == (40, 80, 40)
+        assert [(s.live, s.host) for s in live.timeline] == [(40, 0), *3 * [(40, 80)]]
+        assert [span.bytes for span in live.alive_at(2)] == [40]
+        del y
+        assert (live.now, live.host) == (40, 0)
+
+
+class Offloaded(torch.autograd.Function):
+    """x * x, its input kept on the host."""
+
+    watchers: list = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.host = torch.empty(x.shape, device="cpu")
+        for watcher in Offloaded.watchers:
+            watcher(ctx.host.untyped_storage())
+        ctx.host.copy_(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy * torch.empty_like(dy).copy_(ctx.host)
+
+
+def test_what_is_offloaded_is_the_hosts(monkeypatch):
+    """The interface of ops/offload.py: whoever watches is told of each storage on the host."""
+    import fullres.ops
+
+    stand_in = types.ModuleType("fullres.ops.offload")
+    stand_in.watchers = Offloaded.watchers
+    monkeypatch.setitem(sys.modules, "fullres.ops.offload", stand_in)
+    monkeypatch.setattr(fullres.ops, "offload", stand_in, raising=False)
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return Offloaded.apply(super().forward(x))
+
+    report = meter(Net(10, 10, bias=False), (5, 10))
+    assert report.host_peak == 200 and Offloaded.watchers == []
+    assert report.stored == 200  # the output
+    assert "peak on the host" in str(report)
+    monkeypatch.setattr(Offloaded, "forward", lambda ctx, x: (setattr(ctx, "host", x), x * x)[1])
+    here = meter(Net(10, 10, bias=False), (5, 10))
+    assert here.host_peak == 0 and here.stored == 400
+
+
+def test_workspaces_of_our_operators_count(monkeypatch):
+    pytest.importorskip("triton")
+    shape = (2, 3, 40, 48)
+    options = {"autocast": torch.bfloat16, "optimizer": torch.optim.AdamW}
+    model = convert(uresnet(SMALL), policy="series")
+    plain = meter(model, shape, **options)
+    inside = meter(model, shape, workspaces=True, **options)
+    assert inside.peak > plain.peak
+    for name in ("stored", "after_forward", "gradients", "stored_by_module"):
+        assert getattr(inside, name) == getattr(plain, name), name
+    assert inside.timeline[-1] == plain.timeline[-1]
+    assert len(inside.timeline) > len(plain.timeline)
+    assert {s.operator for s in inside.timeline} == {s.operator for s in plain.timeline}
+    for model in (uresnet(SMALL), chain(2)):  # torch's own operators have none that we see
+        shape = shape if model.__class__.__name__ != "Sequential" else (2, 4, 8, 8)
+        assert meter(model, shape, workspaces=True) == meter(model, shape)
+    with pytest.raises(ValueError, match="workspaces: want False"):
+        meter(chain(1), (2, 4, 8, 8), workspaces=True, device="cpu")
+
+
+def test_workspaces_need_triton(monkeypatch):
+    import fullres.kernels
+
+    monkeypatch.delattr(fullres.kernels, "launches", raising=False)
+    monkeypatch.setitem(sys.modules, "fullres.kernels.launches", None)
+    with pytest.raises(ValueError, match="workspaces: want False without triton"):
+        meter(chain(1), (2, 4, 8, 8), workspaces=True)
