@@ -6,8 +6,9 @@ concatenation - becomes the source through which a later step reads. A value is 
 several nodes use it, or one that does not fuse. Steps are then gathered into segments, whose calls
 take the steps' place in the graph; every other node stays as it was.
 
-A graph read as a `whole` is for a plan, which decides what is kept step by step: then torch's own
-operators without effect become steps too, and steps are gathered as far as their order allows.
+A graph may also be read as a whole, for a plan, which decides what is kept step by step: then
+torch's own operators without effect become steps too, and steps are gathered as far as their order
+allows.
 """
 
 import operator
@@ -27,6 +28,9 @@ from ..ops.segment import run
 from . import calls
 
 POLICIES = ("keep", "closing", "series")
+# How a graph is read for a plan: the sum that leaves a residual block is written by the convolution
+# that reads it, or by a step of its own, before which little has to be held.
+WHOLES = ("fused", "written")
 RUNNERS = "_fullres"  # the attribute of a converted module that holds its programs
 
 # Values and steps, before they have numbers
@@ -155,7 +159,7 @@ class Fused:
     layers: tuple[str, ...] = ()  # modules that segments call
 
 
-def fuse(graph: fx.Graph, root: nn.Module, policy: str | None, path: str, prefix: str) -> Fused:
+def fuse(graph: fx.Graph, root: nn.Module, policy: str, path: str, prefix: str) -> Fused:
     """Return the graph with its convolutions and what surrounds them fused into segments.
 
     Calls of segments read `root`'s modules by their names, and programs from its attribute
@@ -164,7 +168,7 @@ def fuse(graph: fx.Graph, root: nn.Module, policy: str | None, path: str, prefix
     Args:
         graph: of root.
         root: what was traced.
-        policy: what segments keep; None reads the graph as a whole, for a plan to decide.
+        policy: what segments keep, or one of WHOLES, and a plan decides.
         path: root's name in its network.
         prefix: of the segments' names.
     """
@@ -172,7 +176,7 @@ def fuse(graph: fx.Graph, root: nn.Module, policy: str | None, path: str, prefix
     written: set[fx.Node] = set()
     unfused: set[fx.Node] = set()
     while True:
-        reader = _Reader(graph, root, written, unfused, whole=policy is None)
+        reader = _Reader(graph, root, written, unfused, policy)
         try:
             reader.read()
             segments = _Gathering(reader).segments()
@@ -210,10 +214,10 @@ class _Reader:
         root: nn.Module,
         written: set[fx.Node],
         unfused: set[fx.Node],
-        whole: bool = False,
+        policy: str,
     ):
         self.graph, self.root, self.written, self.unfused = graph, root, written, unfused
-        self.whole = whole
+        self.policy, self.whole = policy, policy in WHOLES
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.position = {node: number for number, node in enumerate(graph.nodes)}
         self.steps: list[Step] = []
@@ -258,7 +262,8 @@ class _Reader:
                 self.small.add(node)
             if not value.bare and (len(node.users) > 1 or node in self.written):
                 self.cell(node, node)
-        self._keep_while_reading()
+        if self.policy != "written":
+            self._keep_while_reading()
 
     def cell(self, node: fx.Node, where: fx.Node) -> Cell:
         """Return a node's whole value in memory, written at `where` if nobody has written it."""
@@ -346,6 +351,9 @@ class _Reader:
             sources = list(self.pairs[argument])
         else:
             sources = [self.of(argument, node)]
+        if self.whole and len(sources) == 1 and _is_plain_sum(sources[0]):
+            # Its gradient is its terms': once it is written, nobody needs them.
+            sources = [Expression(Read(self.cell(argument, node)))]
         # A 1 x 1 convolution and the enlargement before it change places: a quarter of the work,
         # and a quarter of the bytes to keep.
         small = len(sources) == 1 and sources[0].resample == "up2" and _is_pointwise(module)
@@ -491,6 +499,12 @@ class _Reader:
             first.keep = step.out
             step.out.step = first
             self.steps.remove(step)
+
+
+def _is_plain_sum(e: Expression) -> bool:
+    """Whether this adds up two cells as they are, and does no more."""
+    plain = e.residual is not None and e.act == e.resample == "none"
+    return plain and all(read.norm is None for read in e.reads)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -743,9 +757,7 @@ class _Gathering:
 # Writing the graph anew
 
 
-def _emit(
-    reader: _Reader, segments: list[Segment], policy: str | None, path: str, prefix: str
-) -> Fused:
+def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, prefix: str) -> Fused:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     images: dict[Cell, fx.Node] = {}
@@ -779,7 +791,7 @@ def _emit(
     for node in reader.graph.nodes:
         for segment in at.get(node, ()):
             name = f"{prefix}_{next(numbers)}"
-            if policy is None:
+            if policy in WHOLES:
                 segment.steps = _late(segment, readers, reader)
             program, inputs, outputs = _program(segment, readers, reader, policy)
             called = [step.target or _path_of(_named(step)) for step in segment.steps]
@@ -835,36 +847,45 @@ def _named(step: Step) -> fx.Node:
 
 
 def _late(segment: Segment, readers: dict[Cell, list[Any]], reader: _Reader) -> list[Step]:
-    """Return a segment's steps, those that a single step reads right before it.
+    """Return a segment's steps, chains of them whose results one other chain reads right before it.
 
-    What such a step reads must wait for backward in any case; so the later it makes its own result,
-    and the sooner backward has done with it, the shorter that lives. Steps that draw random numbers
-    keep the order of all.
+    What such a chain reads must wait for backward in any case; so the later it makes its own
+    result, and the sooner backward has done with it, the shorter that lives. Steps that draw random
+    numbers keep the order of all.
     """
     if any(s.call and calls.is_random(s.node, reader.modules) for s in segment.steps):
         return segment.steps
-    inside: dict[Cell, list[Step]] = {}
+    chains: list[list[Step]] = []
+    chain_of: dict[Step, int] = {}
     for step in segment.steps:
-        for cell in dict.fromkeys(read.cell for read in step.reads):
-            inside.setdefault(cell, []).append(step)
-    waiting: dict[Step, list[Step]] = {}
+        before = {chain_of.get(r.cell.step) for r in step.reads if r.cell.step is not None}
+        if not chains or len(chains) - 1 not in before:
+            chains.append([])
+        chains[-1].append(step)
+        chain_of[step] = len(chains) - 1
+    users: list[set[int]] = [set() for _ in chains]
     for step in segment.steps:
-        users = [user for cell in step.made for user in inside.get(cell, ())]
-        if len(users) == 1 and all(
-            each is segment for cell in step.made for each in readers.get(cell, ())
-        ):
-            waiting.setdefault(users[0], []).append(step)
-    late = {step for steps in waiting.values() for step in steps}
+        for each in step.reads:
+            if each.cell.step in chain_of:
+                users[chain_of[each.cell.step]].add(chain_of[step])
+    waiting: dict[int, list[int]] = {}
+    for number, steps in enumerate(chains):
+        outside = users[number] - {number}
+        made = [cell for step in steps for cell in step.made]
+        inner = all(each is segment for cell in made for each in readers.get(cell, ()))
+        if len(outside) == 1 and inner:
+            waiting.setdefault(outside.pop(), []).append(number)
+    late = {number for numbers in waiting.values() for number in numbers}
     order: list[Step] = []
-    pending = [step for step in reversed(segment.steps) if step not in late]
-    ready: set[Step] = set()
+    pending = [number for number in reversed(range(len(chains))) if number not in late]
+    ready: set[int] = set()
     while pending:
-        step = pending[-1]
-        if step in waiting and step not in ready:
-            ready.add(step)
-            pending += reversed(waiting[step])
+        number = pending[-1]
+        if number in waiting and number not in ready:
+            ready.add(number)
+            pending += reversed(waiting[number])
             continue
-        order.append(pending.pop())
+        order += chains[pending.pop()]
     return order
 
 
@@ -872,7 +893,7 @@ def _program(
     segment: Segment,
     readers: dict[Cell, list[Any]],
     reader: _Reader,
-    policy: str | None,
+    policy: str,
 ) -> tuple[Program, list[Cell], list[Cell]]:
     """Return a segment as a program, with the cells of its inputs and outputs."""
     steps, norms, root = segment.steps, segment.norms, reader.root
@@ -951,7 +972,7 @@ def _program(
         len(inputs), taken, tuple(numbered), tuple(tables),
         tuple(slots[cell] for cell in outputs),
     )  # fmt: skip
-    if policy is None:
+    if policy in WHOLES:
         return program, inputs, outputs
     if policy == "series":
         program = program.changed(again=((0, len(steps)),))

@@ -6,12 +6,13 @@ in the `Source` through which a later step reads a slot. What torch's own operat
 `Call`.
 
 A program says what it computes, and what of it is held for backward: all that its gradients need,
-but slots in `dropped`, which are made again where they are read, and what is made inside a stretch
-of `again`, which backward runs once more before it goes through it. `schedule` works that out.
+but slots in `dropped`, which are made again where they are read; those in `remote`, which are so
+outside of the stretch that makes them; and what is made inside a stretch of `again`, which backward
+runs once more before it goes through it. `schedule` works that out.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -46,6 +47,11 @@ class Source:
     def bare(self) -> bool:
         """Whether this is a slot as it is."""
         return self == Source(Term(self.x.slot), slope=self.slope)
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is a slot as it is, or the sum of two: its gradient is that of each."""
+        return self.act == self.resample == "none" and all(t.norm is None for t in self.terms)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ class Program:
         parameters: how many there are.
         outputs: the slots that are returned.
         names: of the steps: the modules that they were.
-        dropped: slots that are not held for backward, but made again when it reads them.
+        dropped: slots that are never held for backward, but made again when it reads them.
+        remote: slots that no other than a stretch that makes them holds.
         again: stretches of steps (start, stop), which may nest but not overlap otherwise. Backward
             comes to a stretch from behind, runs it again, and goes through it.
         offloaded: slots that wait for backward in host memory.
@@ -150,6 +157,7 @@ class Program:
     outputs: tuple[int, ...]
     names: tuple[str, ...] = ()
     dropped: tuple[int, ...] = ()
+    remote: tuple[int, ...] = ()
     again: tuple[tuple[int, int], ...] = ()
     offloaded: tuple[int, ...] = ()
     _schedules: dict[tuple[bool, ...], "Schedule"] = field(
@@ -189,7 +197,7 @@ class Program:
         return self
 
     def changed(self, **changes: Any) -> "Program":
-        """Return the program with other `dropped`, `again` or `offloaded`."""
+        """Return the program with other `dropped`, `remote`, `again` or `offloaded`."""
         return replace(self, **changes, _schedules={})
 
     def schedule(self, needs: Sequence[bool]) -> "Schedule":
@@ -203,7 +211,7 @@ class Program:
         return self._schedules[key]
 
 
-_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "again", "offloaded")
+_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "remote", "again", "offloaded")
 
 
 @cache
@@ -225,7 +233,7 @@ def parsed(text: str) -> Program:
     raw["steps"] = tuple(step(s, kind) for s, kind in zip(raw["steps"], kinds, strict=True))
     raw["norms"] = tuple(Norm(**n) for n in raw["norms"])
     raw["again"] = tuple(tuple(stretch) for stretch in raw["again"])
-    lists = ("outputs", "names", "dropped", "offloaded")
+    lists = ("outputs", "names", "dropped", "remote", "offloaded")
     return Program(**raw | {name: tuple(raw[name]) for name in lists})
 
 
@@ -327,7 +335,7 @@ def _backward_reads(
     else:
         for source in step.sources:
             own = isinstance(step, Conv) and of[step.weight]
-            if own or (not source.bare and source_asks(program, source, asks, of)):
+            if own or (not source.linear and source_asks(program, source, asks, of)):
                 yield from (term.slot for term in source.terms)
     yield from (slot for slot in made(step) if slot in asks and slot in program.norms_of)
 
@@ -336,8 +344,9 @@ def _schedule(program: Program, needs: Sequence[bool]) -> Schedule:
     asks, of = _asking_slots(program, needs), needs[program.inputs :]
     reads = tuple(frozenset(_backward_reads(program, s, asks, of)) for s in program.steps)
     root = _stretch(program, reads, 0, len(program.steps), sorted(program.again, key=_outer_first))
-    normalised = {slot for slot in range(program.inputs) if slot in program.norms_of} & asks
-    return Schedule(asks, reads, tuple(sorted(root.held | root.outside | normalised)), root.inner)
+    kept = expanded(program, root.held | root.outside, {*program.dropped, *program.remote})
+    kept |= {slot for slot in range(program.inputs) if slot in program.norms_of} & asks
+    return Schedule(asks, reads, tuple(sorted(kept)), root.inner)
 
 
 def _outer_first(stretch: tuple[int, int]) -> tuple[int, int]:
@@ -353,6 +362,7 @@ def _stretch(
 ) -> Stretch:
     """Return a stretch, given the stretches inside it, outer ones first."""
     inner: list[Stretch] = []
+    dropped = frozenset(program.dropped)
     rest = list(inside)
     while rest:
         first, last = rest.pop(0)
@@ -364,7 +374,7 @@ def _stretch(
     own = set(range(start, stop)).difference(*(range(s.start, s.stop) for s in inner))
     wanted = {slot for number in own for slot in reads[number]}
     wanted |= {slot for stretch in inner for slot in stretch.outside}
-    wanted = expanded(program, wanted)
+    wanted = expanded(program, wanted, dropped)
     held = {slot for slot in wanted if start <= program.producers.get(slot, -1) < stop}
     outside = wanted - held
     pending, seen = list(held), set(held)
@@ -376,11 +386,11 @@ def _stretch(
                     pending.append(slot)
             else:
                 outside.add(slot)
-    outside = expanded(program, outside)
+    outside = expanded(program, outside, dropped)
     return Stretch(start, stop, frozenset(held), frozenset(outside), tuple(inner))
 
 
-def expanded(program: Program, wanted: Iterable[int]) -> set[int]:
+def expanded(program: Program, wanted: Iterable[int], dropped: Container[int]) -> set[int]:
     """Return the slots to hold so that these can be read, where dropped ones are made again."""
     found: set[int] = set()
     pending, seen = list(wanted), set()
@@ -389,7 +399,7 @@ def expanded(program: Program, wanted: Iterable[int]) -> set[int]:
         if slot in seen:
             continue
         seen.add(slot)
-        if slot in program.dropped and slot in program.producers and slot not in program.outputs:
+        if slot in dropped and slot in program.producers and slot not in program.outputs:
             pending += read(program.steps[program.producers[slot]])
         else:
             found.add(slot)

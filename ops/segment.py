@@ -9,7 +9,7 @@ The outputs' gradients do not come to the segment's own node, which would hold a
 its last step is done, but to nodes of their own, which lay each where its step takes it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -494,7 +494,8 @@ class _Backward:
         self.gradients: dict[int, tuple[Tensor, bool]] = {}
         self.norm_gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self.parameter_gradients: dict[int, Tensor] = {}
-        self.fresh: list[int] = []  # slots that were made again while asked for, newest last
+        self.fresh: list[int] = []  # slots that were made again when they were asked for
+        self.asked: Collection[int] = ()  # what the step under way reads
 
     def add(self, slot: int, gradient: Tensor, own: bool) -> None:
         """Add to the gradient of a slot, if anybody asks.
@@ -528,10 +529,14 @@ class _Backward:
         """Return a slot, made again where it is not held."""
         if slot not in self.values:
             step = self.program.steps[self.program.producers[slot]]
+            known = len(self.fresh)
             for each in read(step):
                 self.value(each)
             before = {*self.values}
             _execute(self.pass_, step, self.values, self.norms, self.parameters, False)
+            for each in self.fresh[known:]:  # only needed to make this one
+                if each not in self.asked:
+                    self.values.pop(each, None)
             self.fresh += [each for each in self.values if each not in before]
         return self.values[slot]
 
@@ -555,8 +560,9 @@ class _Backward:
         outer, self.fresh = self.fresh, []
         for number in order:
             step = self.program.steps[number]
+            self.asked = {*read(step)}
             with _running(self.program, number):
-                for slot in read(step):
+                for slot in self.asked:
                     self.value(slot)
                 before = {*self.values}
                 _execute(self.pass_, step, self.values, self.norms, self.parameters, False)
@@ -591,7 +597,7 @@ class _Backward:
 
     def step(self, number: int) -> None:
         """Take the gradient of what a step makes to what it reads."""
-        step = self.program.steps[number]
+        step, self.asked = self.program.steps[number], self.schedule.reads[number]
         with _running(self.program, number):
             if isinstance(step, Conv):
                 self.convolution(step)
@@ -671,7 +677,7 @@ class _Backward:
         parts, first = [], 0
         for number, source in enumerate(step.sources):
             asks = source_asks(self.program, source, self.asks, self.of)
-            if wants_weight or (asks and not source.bare):
+            if wants_weight or (asks and not source.linear):
                 for term in source.terms:
                     self.value(term.slot)
             last = first + self.sizes[source.x.slot][1]
@@ -694,7 +700,7 @@ class _Backward:
                 dw, db = conv2d_wgrad(*read, g, y, coef, part.shape, *geometry, with_bias)
             else:
                 nothing = None, None, None, None, "none", 0.0, "none"
-                read = nothing if source.bare else _read(source, self.values, self.norms)
+                read = nothing if source.linear else _read(source, self.values, self.norms)
                 gradient, found = conv2d_dgrad(*product, size, *read, add, *geometry, sums)
             kept = add = product = read = None
             if number == len(step.sources) - 1:
@@ -743,8 +749,9 @@ class _Backward:
         """Take the gradient of a source's value to what it reads."""
         if not source_asks(self.program, source, self.asks, self.of):
             return
-        if source.bare:
-            self.add(source.x.slot, dz, own=False)
+        if source.linear:
+            for term in source.terms:
+                self.add(term.slot, dz, own=False)
             return
         for term in source.terms:
             self.value(term.slot)
