@@ -177,7 +177,7 @@ class Offloaded:
         if sys.is_finalizing():  # streams may be gone
             return
         self.release()
-        self.settle()
+        self.settle()  # the allocator may unmap memory once its own stream is done with it
         self._host = None
         if self._piece is not None:
             self._piece.pool.give(self._piece)
@@ -273,10 +273,9 @@ class HostPool:
     pieces of whole pages. A tensor of at least `SLAB` bytes that finds no room gets a slab of its
     own, rounded up to 2 MiB.
 
-    If all that a step takes is taken before any of it is given back, as activations are, the next
-    step finds room for the same in the same order, and nothing is pinned. A new slab takes the
-    place of idle ones where the pool would else hold more than was ever in use at once, so images
-    of changing sizes do not pile up.
+    A step that takes and gives back as the one before did finds the same places, and pins nothing,
+    unless the one before dropped slabs: a new slab takes the place of idle ones where the pool
+    would else hold more than was ever in use at once, so images of changing sizes do not pile up.
 
     All goes back to the system when the pool is dropped and the last `Offloaded` that has a piece
     of it: that holds it too.
@@ -333,17 +332,15 @@ class HostPool:
             self._collect()
             size = _up(nbytes, PAGE)
             self._most = max(self._most, self._used() + size)
-            rooms = [
-                (stop - start, number, start)
-                for number, slab in enumerate(self._slabs)
+            rooms = (
+                (slab, start)
+                for slab in self._slabs
                 for start, stop in slab.gaps
                 if stop - start >= size
-            ]
-            if rooms:
-                _, number, start = min(rooms)
-                slab = self._slabs[number]
-            else:
-                slab, start = self._grown(size), 0
+            )
+            # The first that fits, since slabs made later then change nothing: a step that asks as
+            # the one before did gets the same places.
+            slab, start = next(rooms, None) or (self._grown(size), 0)
             slab.cut(start, start + size)
             return _Piece(self, slab, start, start + size)
 

@@ -244,6 +244,41 @@ def test_host_memory_is_used_again_step_after_step(monkeypatch):
         assert held.pop() <= used * 1.5
 
 
+def test_steps_that_give_back_between_come_to_rest_too():
+    for seed in range(40):
+        dice, calls, live = random.Random(seed), [], 0
+        for _ in range(40):
+            if live and dice.random() < 0.45:
+                calls.append(dice.randrange(live))
+                live -= 1
+            else:
+                calls.append(-dice.choice([1, SLAB // 3, SLAB // 2 + 7, SLAB, 3 * SLAB + 5]))
+                live += 1
+        pool, slabs = HostPool(), []
+        for _ in range(6):
+            pieces = []
+            for call in calls:
+                if call < 0:
+                    pieces.append(pool.take(-call, CPU))
+                else:
+                    pool.give(pieces.pop(call))
+            while pieces:
+                pool.give(pieces.pop())
+            slabs.append(list(pool._slabs))
+        assert slabs[2] == slabs[3] == slabs[5]
+        assert pool.in_use == 0 and pool.held < 1.6 * pool._most
+
+
+def test_idle_memory_is_kept_where_as_much_was_in_use():
+    pool = HostPool()
+    step(pool, [SLAB, SLAB + 1, 2 * SLAB])
+    pool.trim()
+    for _ in range(3):
+        for size in (SLAB, 2 * SLAB):
+            pool.give(pool.take(size, CPU))
+        assert pool.held == 3 * SLAB
+
+
 def test_large_tensors_are_not_rounded_to_powers_of_two():
     pool = HostPool()
     there = [Offloaded(torch.zeros(SLAB + 3 * 2**20 + 5, dtype=torch.uint8), pool)
@@ -528,6 +563,8 @@ class Device:
         self.free: list[int] = []
         self.recorded: dict[int, set[Stream]] = {}
         self.waiting: list[tuple[int, list[Event]]] = []
+        self.age: list[int] = []  # how often a block was handed out
+        self.written: list[int] = []  # by which of its owners it was last
         self.wrong = 0
         self.reused = 0
 
@@ -545,8 +582,12 @@ class Device:
             number = len(self.memory)
             self.memory.append(bytearray(8))
             self.owner.append(self.current)
+            self.age.append(0)
+            self.written.append(0)
+        self.age[number] += 1
         self.recorded[number] = set()
-        self.current.put(lambda: self.write(number, -1))
+        age = self.age[number]
+        self.current.put(lambda: self.write(number, age, -1))
         x = torch.frombuffer(self.memory[number], dtype=torch.int64)
         weakref.finalize(x.untyped_storage(), self.freed, number).atexit = False
         return x
@@ -562,12 +603,14 @@ class Device:
         places = [torch.frombuffer(m, dtype=torch.uint8).data_ptr() for m in self.memory]
         return places.index(x.data_ptr()) if x.data_ptr() in places else None
 
-    def write(self, number: int, value: int) -> None:
+    def write(self, number: int, age: int, value: int) -> None:
+        self.written[number] = age
         self.memory[number][:] = value.to_bytes(8, "little", signed=True)
 
     def launch_write(self, x: Tensor, value: int) -> None:
         number = self.number(x)
-        self.current.put(lambda: self.write(number, value))
+        age = self.age[number]
+        self.current.put(lambda: self.write(number, age, value))
 
     def launch_check(self, x: Tensor, value: int) -> None:
         number = self.number(x)
@@ -580,7 +623,11 @@ class Device:
     def copy(self, to: Tensor, source: Tensor, stream: "Stream") -> None:
         a, b = self.number(to), self.number(source)
 
+        number = b if a is None else a
+        age = self.age[number]
+
         def run():  # holds the host's tensor, never the device's
+            self.wrong += self.written[number] != age
             if a is None:
                 host.copy_(torch.frombuffer(self.memory[b], dtype=torch.uint8))
             else:
