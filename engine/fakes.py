@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -18,15 +18,17 @@ class Remembered:
     """Calls operators; asks a fake kernel once for each kind of arguments, which is most of a step.
 
     What an operator makes of fake tensors follows from their sizes, strides, types and devices and
-    from its other arguments. Remembered are operators of torch's and ours that return new tensors,
-    or the first argument that they write to. All others are called: views, resizing, whatever
-    may look at values, and those that raise.
+    from its other arguments. Remembered, by all objects together, are operators of torch's and ours
+    that return new tensors, or the first argument that they write to. All others are called: views,
+    resizing, whatever may look at values, and those that raise.
     """
 
-    def __init__(self) -> None:
-        """Remember nothing yet."""
-        self._results: dict[tuple, Any] = {}
-        self._excluded: dict[OpOverload, bool] = {}
+    _results: dict[tuple, Any] = {}
+    _excluded: dict[Any, bool] = {}
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        """Call operators on this mode's fake tensors, while it is active."""
+        self._mode = mode
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return func(*args, **kwargs)."""
@@ -40,20 +42,24 @@ class Remembered:
         if excluded:
             return func(*args, **kwargs)
         try:
-            key = func, _key(args), _key(tuple(kwargs.items())) if kwargs else ()
+            given = _key(tuple(kwargs.items())) if kwargs else ()
+            key = func, _key(args), given, torch.get_default_dtype()
         except _Unknown:
             return func(*args, **kwargs)
         known = self._results.get(key)
         if known is _FIRST_ARGUMENT:
             return args[0]
         if known is not None:
-            return _made_again(known)
+            return _made_again(known, self._mode)
         out = func(*args, **kwargs)
-        if known := _result(out, key, args, kwargs):
+        if known := _result(out, args, kwargs):
+            if len(self._results) >= _MOST:
+                self._results.clear()
             self._results[key] = known
         return out
 
 
+_MOST = 20_000  # results, some ten times those of a large network's step
 _FIRST_ARGUMENT = object()
 _NEVER = {
     torch.Tag.data_dependent_output,
@@ -88,11 +94,10 @@ def _key(value: Any) -> Any:
     raise _Unknown
 
 
-def _result(out: Any, key: tuple, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _result(out: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Return what `_made_again` needs to make out again; None where it does not suffice."""
     if args and out is args[0]:
-        same = type(out) is FakeTensor and _key(out) == key[1][0]
-        return _FIRST_ARGUMENT if same and out.constant is None else None
+        return _FIRST_ARGUMENT
     several = type(out) in (tuple, list)
     tensors = out if several else (out,)
     seen = {t.untyped_storage()._cdata for t in tensors_in((args, tuple(kwargs.values())))}
@@ -109,18 +114,18 @@ def _result(out: Any, key: tuple, args: tuple, kwargs: dict[str, Any]) -> Any:
         if storage._cdata in seen or t.storage_offset() or storage.nbytes() != size:
             return None
         seen.add(storage._cdata)
-        plans.append((t.fake_mode, t.shape, t.stride(), t.dtype, t.fake_device))
+        plans.append((t.shape, t.stride(), t.dtype, t.fake_device))
     return type(out) if several else None, plans
 
 
-def _made_again(known: tuple) -> Any:
+def _made_again(known: tuple, mode: FakeTensorMode) -> Any:
     kind, plans = known
     made = []
     for plan in plans:
         if plan is None:
             made.append(None)
             continue
-        mode, shape, stride, dtype, device = plan
+        shape, stride, dtype, device = plan
         with in_kernel_invocation_manager(mode):
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         made.append(FakeTensor(mode, empty, device))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..ops import program
+from ..ops import offload, program
 from .convert import fused_away
 from .fakes import Remembered, on_device, stand_in
 from .live_bytes import LiveBytes, Sample
@@ -89,12 +89,13 @@ def meter(
     with calls:
         if real:
             calls.enter_context(torch.random.fork_rng([place] if place.type == "cuda" else []))
+            fake = nullcontext()
         else:
-            live.run = Remembered()
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            live.run = Remembered(fake)
         if workspaces:
             calls.enter_context(_device_code(live, real))
-        fake = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
-        before = _allocator(place) if real and place.type == "cuda" else None
+        before = _allocator(place) if real and _has_allocator(place) else None
 
         with fake, live:
             replaced = _twins(model, dtype, place, real)
@@ -216,6 +217,10 @@ def _there(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _has_allocator(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _allocator(device: torch.device) -> tuple[int, int]:
     """Return the bytes that a GPU's allocator has handed out, and those it cannot give back."""
     torch.cuda.synchronize(device)
@@ -325,17 +330,13 @@ def _label(live: LiveBytes, model: nn.Module, state: dict[nn.Parameter, Any], x:
 @contextmanager
 def _watching(live: LiveBytes) -> Iterator[None]:
     """Let segments say which of their layers run, and what they make on the host."""
-    try:
-        from ..ops.offload import watchers as host_watchers
-    except ImportError:
-        host_watchers = []
     program.watchers.append(live.modules)
-    host_watchers.append(live.move_to_host)
+    offload.watchers.append(live.move_to_host)
     try:
         yield
     finally:
         program.watchers.remove(live.modules)
-        host_watchers.remove(live.move_to_host)
+        offload.watchers.remove(live.move_to_host)
 
 
 @contextmanager

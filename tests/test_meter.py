@@ -4,7 +4,6 @@ import gc
 import importlib
 import json
 import sys
-import types
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from fullres.engine import LiveBytes, convert, meter
 from fullres.engine.live_bytes import Span
 from fullres.engine.memory_report import Alive, readable
 from fullres.models import UResNetConfig, resnet18, uresnet
+from fullres.ops import offload
 
 GIB = 2**30
 NUMBER = 4  # bytes of the loss, and as many of its gradient
@@ -81,6 +81,16 @@ def test_storages_count_once_while_any_view_lives():
         del y
         assert live.now == 0
         assert live.peak == 44_000
+
+
+def test_what_died_between_two_operators_is_in_the_first_sample_alone():
+    with FakeTensorMode(), LiveBytes() as live:
+        x = torch.empty(10)
+        del x
+        y = torch.empty(5)
+        assert [s.live for s in live.timeline] == [40, 20]
+        assert [[s.bytes for s in live.alive_at(n)] for n in (0, 1)] == [[40], [20]]
+        del y
 
 
 def test_tensors_older_than_the_mode_do_not_count():
@@ -233,6 +243,38 @@ def test_devices_that_are_not_there_are_refused(device):
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=f"device: want .*got '{device}'"):
         meter(chain(1), (2, 4, 8, 8), device=device)
+
+
+def test_an_allocators_peaks_are_of_the_measured_step_alone(monkeypatch):
+    """A card's order of events, with an allocator that tells them; no card is asked."""
+    module = importlib.import_module("fullres.engine.meter")
+    events = []
+
+    def peaks(device):
+        events.append("peaks")
+        return 5000, 7000
+
+    monkeypatch.setattr(module, "_has_allocator", lambda device: True)
+    monkeypatch.setattr(
+        module, "_allocator", lambda device: events.append("before") or (1000, 2500)
+    )
+    monkeypatch.setattr(module, "_reset_peaks", lambda device: events.append("reset"))
+    monkeypatch.setattr(module, "_peaks", peaks)
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            events.append("forward")
+            return super().forward(x)
+
+    options = {"optimizer": torch.optim.AdamW, "device": "cpu"}
+    report = meter(Net(10, 10), (5, 10), **options)
+    assert events == ["before", "forward", "reset", "forward", "peaks"]
+    assert (report.allocated, report.reserved) == (4000, 4500)
+    assert "4500 bytes" not in str(report) and readable(4500) in str(report)
+    bare = meter(Net(10, 10), (5, 10), device="cpu")  # gradients of the first step are gone
+    monkeypatch.undo()
+    assert report.timeline == meter(Net(10, 10), (5, 10), **options).timeline
+    assert bare.timeline == meter(Net(10, 10), (5, 10), device="cpu").timeline
 
 
 def test_live_bytes_of_each_step_are_those_of_the_second():
@@ -627,43 +669,37 @@ def test_a_host_copy_counts_apart_from_its_birth():
         assert (live.now, live.host) == (40, 0)
 
 
-class Offloaded(torch.autograd.Function):
+class Square(torch.autograd.Function):
     """x * x, its input kept on the host."""
-
-    watchers: list = []
 
     @staticmethod
     def forward(ctx, x):
-        ctx.host = torch.empty(x.shape, device="cpu")
-        for watcher in Offloaded.watchers:
-            watcher(ctx.host.untyped_storage())
-        ctx.host.copy_(x)
-        return x * x
+        ctx.x = offload.Offloaded(x)
+        y = x * x
+        ctx.x.settle()
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        return 2 * dy * torch.empty_like(dy).copy_(ctx.host)
+        return 2 * dy * ctx.x.wait()
 
 
-def test_what_is_offloaded_is_the_hosts(monkeypatch):
-    """The interface of ops/offload.py: whoever watches is told of each storage on the host."""
-    import fullres.ops
-
-    stand_in = types.ModuleType("fullres.ops.offload")
-    stand_in.watchers = Offloaded.watchers
-    monkeypatch.setitem(sys.modules, "fullres.ops.offload", stand_in)
-    monkeypatch.setattr(fullres.ops, "offload", stand_in, raising=False)
-
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_what_is_offloaded_is_the_hosts(device):
     class Net(nn.Linear):
         def forward(self, x):
-            return Offloaded.apply(super().forward(x))
+            x = super().forward(x)
+            return Square.apply(x) if self.offloads else x * x
 
-    report = meter(Net(10, 10, bias=False), (5, 10))
-    assert report.host_peak == 200 and Offloaded.watchers == []
-    assert report.stored == 200  # the output
+    model = Net(10, 10, bias=False)
+    model.offloads = True
+    report = meter(model, (5, 10), device=device)
+    assert report.host_peak == 200 and report.stored == 200  # its output is here
     assert "peak on the host" in str(report)
-    monkeypatch.setattr(Offloaded, "forward", lambda ctx, x: (setattr(ctx, "host", x), x * x)[1])
-    here = meter(Net(10, 10, bias=False), (5, 10))
+    assert sum(alive.bytes for alive in report.at_peak) == report.peak
+    assert offload.watchers == []
+    model.offloads = False
+    here = meter(model, (5, 10), device=device)
     assert here.host_peak == 0 and here.stored == 400
 
 
