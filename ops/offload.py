@@ -52,7 +52,7 @@ watchers: list[Callable[[torch.UntypedStorage], None]] = []
 
 
 class Offloaded:
-    """A tensor that waits in host memory.
+    """A tensor that waits in host memory, which is given back when the object is dropped.
 
     Attributes:
         shape: as the tensor's.
@@ -115,7 +115,6 @@ class Offloaded:
             watcher(self._host.untyped_storage())
 
         self._side = lane.stream if self.nbytes else None
-        self._source = x
         if self._side is not None:
             self._made_on = _current_stream(x.device)
             self._side.wait_event(self._made_on.record_event())
@@ -123,6 +122,7 @@ class Offloaded:
             _copy(self._host, _bytes(x), self._side)
         if self._side is not None:
             self._copied = self._side.record_event()
+        self._source = x
         lane.unsettled = weakref.ref(self)
 
     def settle(self) -> None:
@@ -242,6 +242,8 @@ def _lane(device: torch.device, fake: bool) -> _Lane:
 
 def host_pool(device: torch.device) -> "HostPool":
     """Return the pool that is a device's own, which holds its memory until it is trimmed."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return _lane(device, fake=False).pool
 
 
