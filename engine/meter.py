@@ -24,7 +24,7 @@ from .memory_report import MemoryReport
 
 __all__ = ["LiveBytes", "MemoryReport", "Sample", "meter"]
 
-TARGET = "sm_90"  # of workspaces on fake tensors; kernels ask it for no sizes of tensors
+TARGET = "sm_90"  # for which workspaces are counted on fake tensors; their sizes are all targets'
 
 
 def meter(

@@ -716,6 +716,8 @@ def test_workspaces_of_our_operators_count(monkeypatch):
     assert inside.timeline[-1] == plain.timeline[-1]
     assert len(inside.timeline) > len(plain.timeline)
     assert {s.operator for s in inside.timeline} == {s.operator for s in plain.timeline}
+    monkeypatch.setattr(importlib.import_module("fullres.engine.meter"), "TARGET", "gfx942")
+    assert meter(model, shape, workspaces=True, **options) == inside
     for model in (uresnet(SMALL), chain(2)):  # torch's own operators have none that we see
         shape = shape if model.__class__.__name__ != "Sequential" else (2, 4, 8, 8)
         assert meter(model, shape, workspaces=True) == meter(model, shape)
