@@ -192,14 +192,23 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def measure(
-    network: str, provider: str, image: Sequence[int] = IMAGE, memories: Sequence[float] = MEMORIES
+    network: str,
+    provider: str,
+    image: Sequence[int] = IMAGE,
+    memories: Sequence[float] = MEMORIES,
+    until: float = float("inf"),
 ) -> list[dict]:
-    """Return a row for each memory in GiB; one that failed says how instead of numbers."""
+    """Return a row for each memory in GiB; one that failed says how instead of numbers.
+
+    until: a time.time() after which no other memory is begun.
+    """
     rows = []
     find = PROVIDERS[provider](NETWORKS[network], image)
     for memory in memories:
         start, failed = time.perf_counter(), ""
         try:
+            if time.time() >= until:
+                raise TimeoutError("not begun in the seconds allowed")
             found = find(int(memory * GIB))
         except Exception as error:  # one provider's failure must not cost the table
             found = Found(0, None, None)
@@ -229,13 +238,15 @@ def run(
     image: Sequence[int] = IMAGE,
     memories: Sequence[float] = MEMORIES,
     workers: int | None = None,
+    seconds: float | None = None,
 ) -> list[dict]:
     """Fill the table; print it, save it and its picture in out, return its rows.
 
     workers: processes at a time; None takes one a core. What each has found is saved at once.
+    seconds: after which no other memory is begun; its row says so.
     """
     jobs = [(n, p) for n in networks or NETWORKS for p in providers or PROVIDERS]
-    options = (image, memories)
+    options = (image, memories, float("inf") if seconds is None else time.time() + seconds)
     rows: list[dict] = []
     workers = workers or os.cpu_count() or 1
     if workers == 1:

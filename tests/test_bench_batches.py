@@ -136,6 +136,14 @@ def test_what_fails_is_shown_and_the_rest_goes_on(tiny, tmp_path, capsys, monkey
     assert "FAILED" in printed and "no such partition" in printed
 
 
+def test_what_time_does_not_allow_is_said(tiny, tmp_path):
+    options = {"providers": ["eager bf16"], "image": IMAGE, "memories": (0.01,), "workers": 1}
+    (row,) = batches.run(tmp_path, seconds=0, **options)
+    assert row["batch"] is None and "not begun" in row["failed"]
+    (row,) = batches.run(tmp_path, seconds=600, **options)
+    assert row["batch"] > 0
+
+
 def test_labels_count_from_the_first_operator_to_the_last(tiny):
     """Held as by a training loop: a byte more a label is a byte more of the peak."""
     wide = batches.Network(
