@@ -156,6 +156,15 @@ def test_labels_count_from_the_first_operator_to_the_last(tiny):
     assert wider - peak == 3 * 2 * 24 * 40
 
 
+def test_an_output_that_the_loss_has_read_does_not_count():
+    """Of two layers at relu's backward: the map after it, its gradient, and that before it."""
+    network = batches.Network(TwoLayers, batches.image_labels, lambda out, labels: out.sum())
+    peak = batches.PROVIDERS["eager float32"](network, (1, 20, 30))(1).next_peak
+    given = 3 * 4 * sum(WEIGHTS) + 2 * 4 + 4 * 20 * 30 + 8  # also the optimizer's counts of steps
+    loss_and_its_gradient = 2 * 4
+    assert peak == given + (4 + 4 + 4) * 4 * 20 * 30 + 4 * WEIGHTS[1] + loss_and_its_gradient
+
+
 # torch.compile
 
 
