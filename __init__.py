@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import bench, engine, events, functional, kernels, models, nn, ops, training
-    from .engine import convert, meter, report, revert
+    from .engine import Plan, convert, max_batch, max_image, meter, plan, report, revert
     from .models import resnet18, resnet34, resnet50, resnet101, resnet152, uresnet
 
 __version__ = "0.1.0"
@@ -26,8 +26,12 @@ _ROOMS = (
     "training",
 )
 _HOMES = {  # public name: its room
+    "Plan": "engine",
     "convert": "engine",
+    "max_batch": "engine",
+    "max_image": "engine",
     "meter": "engine",
+    "plan": "engine",
     "report": "engine",
     "revert": "engine",
     "resnet18": "models",
@@ -39,16 +43,20 @@ _HOMES = {  # public name: its room
 }
 
 __all__ = [
+    "Plan",
     "bench",
     "convert",
     "engine",
     "events",
     "functional",
     "kernels",
+    "max_batch",
+    "max_image",
     "meter",
     "models",
     "nn",
     "ops",
+    "plan",
     "report",
     "resnet101",
     "resnet152",

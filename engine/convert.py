@@ -8,16 +8,20 @@ forward calls the segments. Where tracing fails, the parts are converted each by
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..ops.modules import TWINS
+from ..ops.program import Program
 from .code import Code
-from .fusion import POLICIES, RUNNERS, Fused, fuse, has_hooks
+from .fusion import POLICIES, RUNNERS, WHOLE, Fused, fuse, has_hooks
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 _TWIN = "_fullres_twin"  # marks a module whose class was exchanged for ours
 
@@ -43,7 +47,13 @@ class Conversion:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def convert(model: nn.Module, *, policy: str = "keep", inplace: bool = False) -> nn.Module:
+def convert(
+    model: nn.Module,
+    *,
+    policy: str | None = None,
+    plan: "Plan | None" = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Return the network, computed by fused segments that store the least for backward.
 
     The result has the same function, and shares parameters and buffers with `model`; its modules,
@@ -58,28 +68,83 @@ def convert(model: nn.Module, *, policy: str = "keep", inplace: bool = False) ->
         "closing"  all but the last convolution's output of each residual sum, which is made again
         "series"   the inputs of a run of blocks, within which everything is made again
 
+    or by a plan, which decides for each step of the whole network, torch's own operators between
+    convolutions among them.
+
     Results do not depend on the policy. A hook on a module that was fused away would not run:
     modules that have hooks now are not fused, and a hook added later raises RuntimeError when the
     network runs. There are no second derivatives: backward with create_graph=True raises.
 
     Args:
         model: any network; it is not changed, unless `inplace`.
-        policy: what segments keep.
+        policy: what segments keep; "keep" where nothing is given.
+        plan: of this network, that `fullres.plan` returned; then there is no policy.
         inplace: change `model` itself and return it.
 
     Raises:
-        ValueError: another policy, or a model that is already converted.
+        ValueError: another policy, a plan of another network, or a model that is already converted.
     """
-    if policy not in POLICIES:
+    if plan is not None and policy is not None:
+        raise ValueError(f"policy: want none beside a plan, got {policy!r}")
+    if policy not in (None, *POLICIES):
         raise ValueError(f"policy: want one of {', '.join(POLICIES)}, got {policy!r}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: want a torch.nn.Module, got {type(model).__name__}")
     if any(RUNNERS in vars(module) for module in model.modules()):
         raise ValueError("model: want one not yet converted (revert it first), got a converted one")
-    if not inplace:
-        model = _copied(model)
-    _convert(model, policy, "")
+    if plan is None:
+        if not inplace:
+            model = _copied(model)
+        _convert(model, policy or "keep", "")
+        return model
+    planned = convert_whole(model)
+    _apply(planned, plan)
+    if inplace:  # only now that the plan is known to fit
+        _convert(model, WHOLE, "")
+        _apply(model, plan)
+        return model
+    return planned
+
+
+def convert_whole(model: nn.Module) -> nn.Module:
+    """Return the network read as a whole, so that `schedule` can tell it what to hold."""
+    model = _copied(model)
+    _convert(model, WHOLE, "")
     return model
+
+
+def programs(model: nn.Module) -> dict[str, Program]:
+    """Return the programs of a converted network, by the names of their modules and of them."""
+    return {
+        f"{name}:{key}": program
+        for name, _, conversion in conversions(model)
+        for key, program in vars(conversion.programs).items()
+    }
+
+
+def schedule(model: nn.Module, changed: Mapping[str, Program]) -> None:
+    """Put other programs, by the names that `programs` has, into a converted network."""
+    for name, _, conversion in conversions(model):
+        for key in vars(conversion.programs):
+            if f"{name}:{key}" in changed:
+                setattr(conversion.programs, key, changed[f"{name}:{key}"])
+
+
+def _apply(model: nn.Module, plan: "Plan") -> None:
+    """Let a network that was read as a whole run as planned; ValueError if it is another one."""
+    known, changed = programs(model), {}
+    for part in plan.segments:
+        program = known.get(part.name)
+        if program is None or program.signature != part.signature:
+            found = "no such segment" if program is None else "another one"
+            raise ValueError(
+                f"plan: want one of this network ({plan.model}), got {found} for {part.name!r}"
+            )
+        planned = program.changed(
+            dropped=part.dropped, remote=part.remote, again=part.again, offloaded=part.offloaded
+        )
+        changed[part.name] = planned.joined(part.joined)
+    schedule(model, changed)
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -28,9 +28,7 @@ from ..ops.segment import run
 from . import calls
 
 POLICIES = ("keep", "closing", "series")
-# How a graph is read for a plan: the sum that leaves a residual block is written by the convolution
-# that reads it, or by a step of its own, before which little has to be held.
-WHOLES = ("fused", "written")
+WHOLE = "whole"  # the policy of a network that is read for a plan
 RUNNERS = "_fullres"  # the attribute of a converted module that holds its programs
 
 # Values and steps, before they have numbers
@@ -168,7 +166,7 @@ def fuse(graph: fx.Graph, root: nn.Module, policy: str, path: str, prefix: str) 
     Args:
         graph: of root.
         root: what was traced.
-        policy: what segments keep, or one of WHOLES, and a plan decides.
+        policy: what segments keep, or WHOLE, and a plan decides.
         path: root's name in its network.
         prefix: of the segments' names.
     """
@@ -217,7 +215,7 @@ class _Reader:
         policy: str,
     ):
         self.graph, self.root, self.written, self.unfused = graph, root, written, unfused
-        self.policy, self.whole = policy, policy in WHOLES
+        self.whole = policy == WHOLE
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.position = {node: number for number, node in enumerate(graph.nodes)}
         self.steps: list[Step] = []
@@ -262,7 +260,7 @@ class _Reader:
                 self.small.add(node)
             if not value.bare and (len(node.users) > 1 or node in self.written):
                 self.cell(node, node)
-        if self.policy != "written":
+        if not self.whole:  # else a plan decides
             self._keep_while_reading()
 
     def cell(self, node: fx.Node, where: fx.Node) -> Cell:
@@ -791,7 +789,7 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
     for node in reader.graph.nodes:
         for segment in at.get(node, ()):
             name = f"{prefix}_{next(numbers)}"
-            if policy in WHOLES:
+            if policy == WHOLE:
                 segment.steps = _late(segment, readers, reader)
             program, inputs, outputs = _program(segment, readers, reader, policy)
             called = [step.target or _path_of(_named(step)) for step in segment.steps]
@@ -858,8 +856,7 @@ def _late(segment: Segment, readers: dict[Cell, list[Any]], reader: _Reader) -> 
     chains: list[list[Step]] = []
     chain_of: dict[Step, int] = {}
     for step in segment.steps:
-        before = {chain_of.get(r.cell.step) for r in step.reads if r.cell.step is not None}
-        if not chains or len(chains) - 1 not in before:
+        if not chains or all(r.cell.step is not chains[-1][-1] for r in step.reads):
             chains.append([])
         chains[-1].append(step)
         chain_of[step] = len(chains) - 1
@@ -972,7 +969,7 @@ def _program(
         len(inputs), taken, tuple(numbered), tuple(tables),
         tuple(slots[cell] for cell in outputs),
     )  # fmt: skip
-    if policy in WHOLES:
+    if policy == WHOLE:
         return program, inputs, outputs
     if policy == "series":
         program = program.changed(again=((0, len(steps)),))

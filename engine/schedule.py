@@ -16,8 +16,7 @@ as for chains of layers in Beaumont et al., "Optimal checkpointing for heterogen
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -39,6 +38,7 @@ from ..ops.program import (
 WINDOW = 24  # the most parts of a unit; a longer range is a chain of several
 LEAF = 4  # the most parts of a unit that is held
 GRID = 1024
+LOOKS = 64  # the most budgets of a grid for which a schedule is looked at
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class Costs:
         forward: seconds of each step.
         again: seconds of each step where it is made again, without moments.
         backward: seconds of each step's gradients.
+        parameters: the bytes of each parameter's gradient, by number.
+        joins: of writes that can be joined, the seconds of the convolution that does them too:
+            forward, again and backward.
     """
 
     program: Program
@@ -59,11 +62,32 @@ class Costs:
     forward: Sequence[float]
     again: Sequence[float]
     backward: Sequence[float]
+    parameters: Mapping[int, int] = field(default_factory=dict)
+    joins: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def seconds(self) -> float:
         """The step's time where nothing is made again."""
         return sum(self.forward) + sum(self.backward)
+
+    def saved(self, write: int) -> float:
+        """Return the seconds that joining a write saves."""
+        forward, _, backward = self.joins[write]
+        apart = sum(self.forward[n] + self.backward[n] for n in (write, write + 1))
+        return apart - forward - backward
+
+    def joined(self, program: Program, writes: Iterable[int]) -> "Costs":
+        """Return the costs of `program`, whose steps are these with some writes joined."""
+        writes = {*writes}
+        columns = []
+        for column, apart in enumerate((self.forward, self.again, self.backward)):
+            seconds = [
+                self.joins[number - 1][column] if number - 1 in writes else apart[number]
+                for number in range(len(apart))
+                if number not in writes
+            ]
+            columns.append(tuple(seconds))
+        return Costs(program, self.needs, self.bytes, *columns, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -73,9 +97,9 @@ class Outcome:
     Attributes:
         held: bytes from forward to backward, the program's inputs not counted.
         flow: the most bytes alive in the forward pass, outputs among them.
-        peak: the most bytes alive in both passes, with the gradients of outputs until they are
-            used; inputs and parameters are not counted.
-        seconds: of what is made again.
+        peak: the most bytes alive in the backward pass, with the gradients of outputs, until they
+            are used, and of parameters; inputs and their gradients' users are not counted.
+        seconds: of the whole step.
     """
 
     held: int
@@ -83,10 +107,23 @@ class Outcome:
     peak: int
     seconds: float
 
+    @property
+    def most(self) -> int:
+        """The most bytes alive in both passes."""
+        return max(self.flow, self.peak)
+
 
 def simulate(costs: Costs, program: Program | None = None) -> Outcome:
     """Return what a schedule costs: that of `program`, or else of costs.program."""
-    program = program or costs.program
+    return _walk_through(costs, program or costs.program)[0]
+
+
+def walked(costs: Costs, program: Program) -> Sequence[int]:
+    """Return how often a schedule makes each step's values again."""
+    return _walk_through(costs, program)[1].counts
+
+
+def _walk_through(costs: Costs, program: Program) -> "tuple[Outcome, _Walk]":
     schedule = program.schedule(costs.needs)
     walk = _Walk(costs, schedule.asks, schedule.reads)
     walk.forward(0, len(program.steps), {*schedule.kept, *program.outputs})
@@ -96,8 +133,9 @@ def simulate(costs: Costs, program: Program | None = None) -> Outcome:
             walk.pop(slot)
     held = walk.now
     walk.begin(len(program.steps))
+    walk.peak = walk.now
     walk.steps(0, len(program.steps), schedule.stretches)
-    return Outcome(held, flow, walk.peak, walk.seconds)
+    return Outcome(held, flow, walk.peak, costs.seconds + walk.seconds), walk
 
 
 class _Walk:
@@ -131,6 +169,8 @@ class _Walk:
         self.fresh: list[int] = []
         self.asked: Collection[int] = ()
         self.now, self.peak, self.seconds, self.numbers = 0, 0, 0.0, 0
+        self.counts = [0] * len(self.program.steps)
+        self.graded: set[int] = set()  # parameters that have a gradient
 
     # Values
 
@@ -181,11 +221,16 @@ class _Walk:
         before = {*self.values}
         for each in made(step):
             self.put(each)
-        self.seconds += self.costs.again[number]
+        self.count(number)
         for each in self.fresh[known:]:
             if each not in self.asked:
                 self.pop(each)
         self.fresh += self.values - before
+
+    def count(self, number: int) -> None:
+        """Note that a step runs again."""
+        self.counts[number] += 1
+        self.seconds += self.costs.again[number]
 
     def again(self, stretch: Stretch) -> None:
         """Run a stretch again."""
@@ -213,7 +258,7 @@ class _Walk:
             before = {*self.values}
             for slot in made(step):
                 self.put(slot)
-            self.seconds += self.costs.again[number]
+            self.count(number)
             self.fresh += self.values - before
             for slot in self.fresh:
                 if slot not in held and last.get(slot, -1) <= number:
@@ -361,6 +406,8 @@ class _Walk:
                 for term in source.terms:
                     self.value(term.slot)
             gradient = None
+            if wants_weight and number == last:
+                self.parameter(step.weight)
             if asks:
                 gradient = self.storage(self.costs.bytes[source.x.slot], True)
             self.free(kept)
@@ -369,6 +416,16 @@ class _Walk:
                 self.free(g)
             if gradient is not None:
                 self.spread(source, gradient)
+
+    def parameter(self, number: int) -> None:
+        """Make a gradient of a parameter, or add to it."""
+        size = self.costs.parameters.get(number, 0)
+        if number in self.graded:
+            self.grow(2 * size)
+            self.now -= 2 * size
+        elif self.of[number]:
+            self.graded.add(number)
+            self.grow(size)
 
     def call(self, number: int, step: Call) -> None:
         """Go backward through a call, which is run again for it."""
@@ -386,6 +443,8 @@ class _Walk:
         ]
         self.free(out)
         self.free(g)
+        for parameter in step.parameters:
+            self.parameter(parameter)
         for slot, storage in found:
             self.add(slot, storage)
 
@@ -448,35 +507,84 @@ class _Leaf(NamedTuple):
     tail: float
 
 
+class Way(NamedTuple):
+    """A schedule of a program, and what it costs.
+
+    Attributes:
+        program: with the schedule, its writes not yet joined.
+        joined: the writes to join.
+        outcome: when they are.
+    """
+
+    program: Program
+    joined: tuple[int, ...]
+    outcome: Outcome
+
+
 def frontier(
     costs: Costs,
     remote: Iterable[int] = (),
     *,
-    limit: int | None = None,
+    several: bool = False,
+    small: bool = False,
     grid: int = GRID,
     window: int = WINDOW,
     everywhere: bool = False,
-) -> list[tuple[Outcome, Program]]:
+) -> list[Way]:
     """Return schedules of costs.program, each the fastest of its peak; the fastest first.
 
     Args:
         costs: its program's own schedule does not matter.
         remote: slots to make again wherever they are read but near where they were made first.
-        limit: the largest peak of interest, in bytes; None for that of holding everything.
-        grid: of how many parts the limit is, to which bytes are rounded.
+        several: whether other programs run between the passes of this, so that what it holds
+            matters beside its own peak; then all that were looked at are returned.
+        small: whether only those of little memory matter.
+        grid: of how many parts budgets are, to which bytes are rounded.
         window: the most parts of a range that is gone through as one unit.
         everywhere: whether ranges may be cut before any step, and not where little crosses alone.
     """
-    search = _Search(costs, frozenset(remote), limit, grid, window, everywhere)
-    return fastest((simulate(costs, program), program) for program in search.programs())
+    search = _Search(costs, frozenset(remote), window, everywhere)
+    found: dict[tuple[Program, tuple[int, ...]], Way] = {}
+
+    def look(limit: int, load: int = 0) -> int:
+        for program in search.programs(limit, grid, load):
+            for joined in dict.fromkeys((_uncut(costs, program), ())):
+                if (program, joined) not in found:
+                    found[program, joined] = way_of(costs, program, joined)
+        return min((way.outcome.most for way in found.values()), default=limit)
+
+    plain = search.program.changed(dropped=(), remote=(), again=(), offloaded=())
+    limit = max(way_of(costs, plain, joined).outcome.most for joined in (_uncut(costs, plain), ()))
+    limit = max(1, limit)
+    least = look(limit)
+    for share in (1.25,) if small else (1.25, 3.0):
+        if share * least < limit:
+            least = min(least, look(int(share * least)))
+    if several:
+        for share in (0.25, 0.5, 0.75):
+            look(limit, int(share * limit))
+        return [*found.values()]
+    return fastest(found.values())
 
 
-def fastest(found: Iterable[tuple[Outcome, Program]]) -> list[tuple[Outcome, Program]]:
+def way_of(costs: Costs, program: Program, joined: tuple[int, ...] = ()) -> Way:
+    """Return a program of these costs, with a schedule, as a way."""
+    whole = program.joined(joined)
+    return Way(program, joined, simulate(costs.joined(whole, joined) if joined else costs, whole))
+
+
+def _uncut(costs: Costs, program: Program) -> tuple[int, ...]:
+    """Return the writes that can be joined, for no stretch ends after them."""
+    edges = {edge for stretch in program.again for edge in stretch}
+    return tuple(sorted(write for write in costs.joins if write + 1 not in edges))
+
+
+def fastest(found: Iterable[Way]) -> list[Way]:
     """Return those that no other is at least as good as in seconds and peak, the fastest first."""
-    ladder: list[tuple[Outcome, Program]] = []
-    for outcome, program in sorted(found, key=lambda f: (f[0].seconds, f[0].peak, f[0].held)):
-        if not ladder or outcome.peak < ladder[-1][0].peak:
-            ladder.append((outcome, program))
+    ladder: list[Way] = []
+    for way in sorted(found, key=lambda w: (w.outcome.seconds, w.outcome.most, w.outcome.held)):
+        if not ladder or way.outcome.most < ladder[-1].outcome.most:
+            ladder.append(way)
     return ladder
 
 
@@ -498,17 +606,12 @@ class _Search:
         self,
         costs: Costs,
         remote: frozenset[int],
-        limit: int | None,
-        grid: int,
         window: int,
         everywhere: bool,
     ):
         self.costs, self.program, self.weights = costs, costs.program, costs.bytes
-        self.window, self.grid = window, grid
+        self.window, self.grid, self.unit = window, 1, 1
         plain = self.program.changed(dropped=(), remote=(), again=(), offloaded=())
-        if limit is None:
-            limit = simulate(costs, plain).peak
-        self.unit = max(1, round(limit / grid))
         schedule = plain.schedule(costs.needs)
         self.asks, self.reads = schedule.asks, schedule.reads
         self.remote = remote.difference(self.program.outputs)
@@ -520,6 +623,8 @@ class _Search:
             for number, step in enumerate(self.program.steps)
         ]
         self.summed = [0.0, *accumulate(costs.again)]
+        # A range that ends between a write and its convolution keeps them apart.
+        self.apart = {write + 1: costs.saved(write) for write in costs.joins}
         self.repeated: dict[tuple[int, int], np.ndarray] = {}
         self.choices: dict[tuple[int, int], np.ndarray] = {}
         self._tails: dict[tuple[int, int], np.ndarray] = {}
@@ -566,19 +671,23 @@ class _Search:
         result[self._parts(peak) :] = seconds
         return result
 
-    def programs(self) -> Iterator[Program]:
-        """Yield the program in the fastest way for each budget for which that is another."""
+    def programs(self, limit: int, grid: int, load: int = 0) -> Iterator[Program]:
+        """Yield the program in the fastest way for budgets of which each allows a faster one.
+
+        limit: the largest budget; grid: its parts; load: bytes to be free when all is held.
+        """
+        self.grid, self.unit = grid, max(1, round(limit / grid))
         last = len(self.cuts) - 1
         for first in range(last - 1, -1, -1):
             for to in range(first + 1, min(first + self.window, last) + 1):
                 self._repeat(first, to)
         rest: list[np.ndarray | None] = [None] * last
-        rest.append(np.zeros(self.grid + 1))
+        rest.append(self._fitting(load))
         taken: list[np.ndarray | None] = [None] * (last + 1)
         for first in range(last - 1, -1, -1):
             ways: dict[int, np.ndarray] = {}
             for to in range(first + 1, min(first + self.window, last) + 1):
-                following = rest[to]
+                following = rest[to] + self.apart.get(self.cuts[to], 0.0)
                 held, flow = self._streamed(first, to)
                 later = self._shifted(following, held)
                 ways[_WAYS * (to - first) + 3] = self.repeated[first, to] + later
@@ -588,12 +697,14 @@ class _Search:
                         fits = self._fitting(max(leaf.flow, leaf.peak), leaf.seconds)
                         ways[_WAYS * (to - first) + way] = fits + later
             rest[first], taken[first] = _best(ways)
-        seconds = rest[0]
-        before = _INFINITE
-        for budget in range(self.grid + 1):
+        seconds, before, budget = rest[0], _INFINITE, 0
+        while budget <= self.grid:
             if seconds[budget] < before:
                 before = seconds[budget]
                 yield self._program(taken, budget)
+                budget += max(1, self.grid // LOOKS)
+            else:
+                budget += 1
 
     def _repeat(self, first: int, last: int) -> None:
         """Work out a range that is run again as a whole, and as a chain's end inside such a one.
@@ -614,7 +725,7 @@ class _Search:
                     fits = self._fitting(peak, leaf.seconds + leaf.tail)
                     ways[_WAYS * (to - first) + way] = fits
                 continue
-            following = self._tails[to, last]
+            following = self._tails[to, last] + self.apart.get(self.cuts[to], 0.0)
             fits = self._fitting(gradients + flow, again)
             later = self._shifted(following, held)
             ways[_WAYS * (to - first) + 3] = self.repeated[first, to] + fits + later

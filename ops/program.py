@@ -11,10 +11,12 @@ outside of the stretch that makes them; and what is made inside a stretch of `ag
 runs once more before it goes through it. `schedule` works that out.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -163,42 +165,97 @@ class Program:
     _schedules: dict[tuple[bool, ...], "Schedule"] = field(
         default_factory=dict, repr=False, compare=False
     )
+    # What follows from the steps alone, and is the same whatever the schedule.
+    _facts: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         """Work out what every run asks, once, so that torch.compile reads constants."""
-        norms_of: dict[int, list[int]] = {}
-        for number, norm in enumerate(self.norms):
-            norms_of.setdefault(norm.slot, []).append(number)
-        reads = [
-            (term.slot, number)
-            for number, step in enumerate(self.steps)
-            for source in step.sources
-            for term in source.terms
-        ]
-        read_later = {number for step in self.steps for number in parameters_of(step)}
-        facts = {
-            "norms_of": norms_of,
-            "producers": {slot: i for i, step in enumerate(self.steps) for slot in made(step)},
-            "last_reader": dict(reads),
-            "convolution_parameters": read_later,
-        }
+        if not self._facts:
+            norms_of: dict[int, list[int]] = {}
+            for number, norm in enumerate(self.norms):
+                norms_of.setdefault(norm.slot, []).append(number)
+            reads = [
+                (slot, number) for number, step in enumerate(self.steps) for slot in read(step)
+            ]
+            self._facts["norms_of"] = norms_of
+            self._facts["producers"] = {
+                s: i for i, step in enumerate(self.steps) for s in made(step)
+            }
+            self._facts["last_reader"] = dict(reads)
+            self._facts["convolution_parameters"] = {
+                number for step in self.steps for number in parameters_of(step)
+            }
+        for name in ("norms_of", "producers", "last_reader", "convolution_parameters"):
+            object.__setattr__(self, name, self._facts[name])
         if not any(isinstance(step, Call) for step in self.steps):
-            facts["text"] = json.dumps(
-                {name: getattr(self, name) for name in _PLAIN}
-                | {"steps": [asdict(step) for step in self.steps]}
-                | {"norms": [asdict(norm) for norm in self.norms]}
-                | {"kinds": [type(step).__name__ for step in self.steps]}
-            )
-        for name, value in facts.items():
-            object.__setattr__(self, name, value)
+            plain = {name: getattr(self, name) for name in _PLAIN}
+            if "steps" not in self._facts:
+                self._facts["steps"] = {
+                    "steps": [asdict(step) for step in self.steps],
+                    "norms": [asdict(norm) for norm in self.norms],
+                    "kinds": [type(step).__name__ for step in self.steps],
+                }
+            object.__setattr__(self, "text", json.dumps(plain | self._facts["steps"]))
 
     def __deepcopy__(self, memo: dict) -> "Program":
         """Return itself: nothing of it changes."""
         return self
 
+    @property
+    def signature(self) -> str:
+        """Return what tells it from other programs, whatever their schedules."""
+        told = [self.inputs, self.parameters, self.outputs, self.norms]
+        for step in self.steps:
+            code = getattr(getattr(step, "function", None), "text", "")
+            rest = {k: v for k, v in vars(step).items() if k != "function"}
+            told.append((type(step).__name__, code, sorted(rest.items())))
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
     def changed(self, **changes: Any) -> "Program":
         """Return the program with other `dropped`, `remote`, `again` or `offloaded`."""
         return replace(self, **changes, _schedules={})
+
+    def joinable(self) -> frozenset[int]:
+        """Return the numbers of the writes that the convolution right after them can do."""
+        found = set()
+        for number, (step, after) in enumerate(pairwise(self.steps)):
+            if isinstance(step, Write) and isinstance(after, Conv) and after.keep is None:
+                others = [slot for source in after.sources[1:] for slot in _slots(source)]
+                bare = after.sources[0].bare and after.sources[0].x.slot == step.out
+                if bare and step.source.resample == "none" and step.out not in others:
+                    found.add(number)
+        return frozenset(found)
+
+    def joined(self, writes: Iterable[int]) -> "Program":
+        """Return the program where convolutions do these writes as they read what is written.
+
+        Raises:
+            ValueError: a write is not joinable, or a stretch ends between it and its convolution.
+        """
+        writes = frozenset(writes)
+        edges = {edge for stretch in self.again for edge in stretch}
+        if not writes <= self.joinable() or any(number + 1 in edges for number in writes):
+            raise ValueError(f"writes: want some that can be joined, got {sorted(writes)}")
+        if not writes:
+            return self
+        steps: list[Step] = []
+        names: list[str] = []
+        position = []
+        for number, step in enumerate(self.steps):
+            position.append(len(steps))
+            if number in writes:
+                continue
+            if number - 1 in writes:
+                write = self.steps[number - 1]
+                sources = (write.source, *step.sources[1:])
+                step = replace(step, sources=sources, keep=write.out)
+            steps.append(step)
+            names += self.names[number : number + 1]
+        position.append(len(steps))
+        again = tuple((position[start], position[stop]) for start, stop in self.again)
+        return replace(
+            self, steps=tuple(steps), names=tuple(names), again=again, _schedules={}, _facts={}
+        )
 
     def schedule(self, needs: Sequence[bool]) -> "Schedule":
         """Return what backward needs and when.
@@ -242,6 +299,10 @@ def made(step: Step) -> Iterator[int]:
     yield step.out
     if isinstance(step, Conv) and step.keep is not None:
         yield step.keep
+
+
+def _slots(source: Source) -> list[int]:
+    return [term.slot for term in source.terms]
 
 
 def read(step: Step) -> Iterator[int]:
@@ -341,8 +402,11 @@ def _backward_reads(
 
 
 def _schedule(program: Program, needs: Sequence[bool]) -> Schedule:
-    asks, of = _asking_slots(program, needs), needs[program.inputs :]
-    reads = tuple(frozenset(_backward_reads(program, s, asks, of)) for s in program.steps)
+    if ("asks", needs) not in program._facts:
+        asks, of = _asking_slots(program, needs), needs[program.inputs :]
+        reads = tuple(frozenset(_backward_reads(program, s, asks, of)) for s in program.steps)
+        program._facts["asks", needs] = asks, reads
+    asks, reads = program._facts["asks", needs]
     root = _stretch(program, reads, 0, len(program.steps), sorted(program.again, key=_outer_first))
     kept = expanded(program, root.held | root.outside, {*program.dropped, *program.remote})
     kept |= {slot for slot in range(program.inputs) if slot in program.norms_of} & asks

@@ -9,7 +9,7 @@ The outputs' gradients do not come to the segment's own node, which would hold a
 its last step is done, but to nodes of their own, which lay each where its step takes it.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -100,7 +100,7 @@ def run(
         results = _Operator.apply(program, batch, eps, ",".join(groups), needs, *tensors)
         outputs, moments = results[: len(program.outputs)], results[len(program.outputs) :]
     else:
-        pass_ = _Pass(program, batch, eps, groups, needs, tuple(layers))
+        pass_ = Pass(program, batch, eps, groups, needs, tuple(layers))
         if any(needs):
             token = _Segment.apply(pass_, *tensors)
             numbers = range(len(program.outputs))
@@ -146,6 +146,16 @@ def _running(program: Program, number: int) -> Iterator[None]:
             names.pop()
 
 
+# Whoever watches segments adds a function here, called with a pass and what begins or has ended of
+# it: "forward", "forward done", "backward" or "backward done".
+followers: list[Callable[["Pass", str], None]] = []
+
+
+def _tell(pass_: "Pass", what: str) -> None:
+    for follower in followers:
+        follower(pass_, what)
+
+
 # The nodes of autograd
 
 
@@ -161,13 +171,15 @@ class _Made:
 
 
 @dataclass
-class _Pass:
+class Pass:
     """One run of a program: what its forward pass tells its backward pass.
 
     Attributes:
         needs: whether each input and parameter asks for a gradient.
         outputs: by number, until each is taken.
         gradients: of outputs, by number, until their steps take them.
+        sizes: of all slots.
+        shapes: of the parameters.
         dtype: of the inputs, and so of all images that fused steps read.
         autocast: what it was, or None where it was off.
         drawn: the states of the random generators before each call that draws, by its slot.
@@ -183,6 +195,7 @@ class _Pass:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     sizes: dict[int, list[int]] = field(default_factory=dict)
+    shapes: list[torch.Size | None] = field(default_factory=list)
     dtypes: list[torch.dtype | None] = field(default_factory=list)
     dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
@@ -205,9 +218,11 @@ class _Segment(torch.autograd.Function):
     def forward(ctx, pass_, *tensors):
         program = pass_.program
         schedule = program.schedule(pass_.needs)
+        _tell(pass_, "forward")
         found = pass_.forward(tensors, schedule.kept)
         pass_.outputs = dict(enumerate(found.outputs))
         pass_.sizes = found.sizes
+        pass_.shapes = [None if t is None else t.shape for t in tensors[program.inputs :]]
         pass_.dtypes = [None if t is None else t.dtype for t in tensors]
         parameters = [
             t if number in program.convolution_parameters else None
@@ -220,6 +235,7 @@ class _Segment(torch.autograd.Function):
         ctx.save_for_backward(*kept, *found.norms, *parameters)
         ctx.pass_ = pass_
         ctx.set_materialize_grads(False)
+        _tell(pass_, "forward done")
         return tensors[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
@@ -234,8 +250,10 @@ class _Segment(torch.autograd.Function):
         del saved
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.maybe_clear_saved_tensors()  # so that each is freed when its step is done
+        _tell(pass_, "backward")
         gradients, pass_.gradients = pass_.gradients, {}
         made = _backward(pass_, gradients, slots, norms, parameters)
+        _tell(pass_, "backward done")
         results = [
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(made, pass_.dtypes, strict=True)
@@ -263,7 +281,7 @@ class _Output(torch.autograd.Function):
 # Forward
 
 
-def _forward(pass_: _Pass, tensors: Sequence[Tensor | None], kept: Sequence[int]) -> _Made:
+def _forward(pass_: Pass, tensors: Sequence[Tensor | None], kept: Sequence[int]) -> _Made:
     """Run a program; tensors are its inputs and parameters, kept the slots to return."""
     program, batch = pass_.program, pass_.batch
     values = dict(enumerate(tensors[: program.inputs]))
@@ -334,7 +352,7 @@ def _read(
 
 
 def _execute(
-    pass_: _Pass,
+    pass_: Pass,
     step: Step,
     values: dict[int, Tensor],
     norms: dict[int, Tensor],
@@ -376,7 +394,7 @@ def _execute(
 
 
 def _called(
-    pass_: _Pass,
+    pass_: Pass,
     step: Call,
     images: Sequence[Tensor],
     parameters: Sequence[Tensor | None],
@@ -455,7 +473,7 @@ def _mean_sums(sums: Tensor, pixels: int, count: int, group: str) -> Tensor:
 
 
 def _backward(
-    pass_: _Pass,
+    pass_: Pass,
     gradients: dict[int, Tensor],
     values: dict[int, Tensor],
     norms: Sequence[Tensor],
@@ -861,7 +879,7 @@ def _forward_listed(
     kept: Sequence[int],
     saving: bool,
 ) -> list[Tensor]:
-    pass_ = _Pass(parsed(text), batch, eps, groups.split(","), ())
+    pass_ = Pass(parsed(text), batch, eps, groups.split(","), ())
     made = pass_.forward(tensors, kept)
     return [*made.outputs, *made.moments, *(made.norms + made.kept if saving else ())]
 
@@ -899,7 +917,7 @@ def _backward_listed(
 ) -> list[Tensor]:
     program = parsed(text)
     inputs = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
-    pass_ = _Pass(program, batch, (), groups.split(","), needs)
+    pass_ = Pass(program, batch, (), groups.split(","), needs)
     pass_.sizes = slot_sizes(program, inputs, [None if p is None else p.shape for p in parameters])
     given = {number: g for number, g in enumerate(gradients) if g is not None}
     found = _backward(pass_, given, dict(zip(kept, slots, strict=True)), norms, parameters)

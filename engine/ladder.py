@@ -1,0 +1,350 @@
+"""The plans that a network's training step has, from the fastest to that of least memory.
+
+What a rung takes is known twice: by sums, from one run of the step in which the bytes outside of
+segments are noted, and from `simulate`; and, for the rungs that matter, by running it on fake
+tensors. The rungs do not depend on a budget, so more of it never leads to a slower one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ..ops import segment
+from ..ops.program import Program, read
+from .cards import Hardware
+from .cards import hardware as card
+from .convert import convert_whole, programs, schedule
+from .costs import StepTime, step_times
+from .live_bytes import LiveBytes
+from .memory_report import MemoryReport
+from .meter import meter
+from .schedule import Costs, Outcome, Way, frontier, simulate
+
+FAR = 0.1  # of a program's steps, between a slot and its last reader, or at least as many as
+FAR_STEPS = 16
+GROUPS = 2  # of far slots that may be made again
+BESIDE = 0.02  # the sums' error that is allowed for, as a share
+_STATES = 192  # kept while segments are combined
+_STEP = 0.004  # peaks nearer than this share are one rung
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A plan.
+
+    Attributes:
+        ways: its segments' schedules, by name.
+        seconds: of the step, by roofline.
+        peak: bytes; from `report` where that is there, else by sums.
+        report: of the step, where it has been run.
+    """
+
+    ways: Mapping[str, Way]
+    seconds: float
+    peak: int
+    report: MemoryReport | None = None
+
+
+class _Event(NamedTuple):
+    """A stretch of the step: a pass of a segment, or what lies between two.
+
+    Attributes:
+        kind: "forward", "backward" or "outside".
+        segment: which, where it is a pass.
+        base: the bytes that are alive as it begins, or at most where it lies outside, but for what
+            segments hold.
+        holding: the segments that hold something meanwhile.
+    """
+
+    kind: str
+    segment: str
+    base: int
+    holding: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A network read as a whole: its costs and what happens around segments."""
+
+    model: nn.Module
+    costs: dict[str, Costs]
+    events: list[_Event]
+
+    def peak(self, outcomes: Mapping[str, Outcome]) -> int:
+        """Return the bytes of a step whose segments cost this."""
+        most = 0
+        for event in self.events:
+            size = event.base + sum(outcomes[name].held for name in event.holding)
+            if event.kind == "forward":
+                size += outcomes[event.segment].flow
+            elif event.kind == "backward":
+                own = outcomes[event.segment]
+                size += own.peak - own.held
+            most = max(most, size)
+        return most
+
+
+class Ladder:
+    """The plans of one training step.
+
+    Attributes:
+        fastest: the seconds of the step where nothing is made again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        criterion: Callable[[Any], Tensor] | None,
+        dtype: torch.dtype,
+        hardware: str | Hardware | None,
+        optimizer: Any,
+        *,
+        least: bool = False,
+    ):
+        """Read the network and find the rungs; `least`: those of little memory alone."""
+        self.model, self.shape, self.dtype = model, shape, dtype
+        self.hardware = hardware if isinstance(hardware, Hardware) else card(hardware)
+        self._criterion, self._optimizer = criterion, optimizer
+        self._reading = self._read()
+        self.rungs = self._rungs(least)
+
+    @cached_property
+    def fastest(self) -> float:
+        """See the class."""
+        costs = self.costs.values()
+        return sum(c.seconds - sum(max(0.0, c.saved(w)) for w in c.joins) for c in costs)
+
+    @property
+    def costs(self) -> dict[str, Costs]:
+        """The segments' costs, by their names."""
+        return self._reading.costs
+
+    def within(self, budget: int) -> Rung | None:
+        """Return the fastest rung whose step, run on fake tensors, stays within a budget."""
+        for number, rung in enumerate(self.rungs):
+            if rung.peak > budget * (1 + (rung.report is None) * BESIDE):
+                continue
+            rung = self._run(number)
+            if rung.peak <= budget:
+                return rung
+        return None
+
+    def least(self) -> Rung:
+        """Return the rung that takes the least memory."""
+        order = sorted(range(len(self.rungs)), key=lambda number: self.rungs[number].peak)
+        return min((self._run(number) for number in order[:2]), key=lambda rung: rung.peak)
+
+    def _run(self, number: int) -> Rung:
+        """Return a rung with its report."""
+        rung = self.rungs[number]
+        if rung.report is None:
+            model = self._reading.model
+            changed = {name: way.program.joined(way.joined) for name, way in rung.ways.items()}
+            schedule(model, changed)
+            report = self._meter(model)
+            rung = self.rungs[number] = replace(rung, peak=report.peak, report=report)
+        return rung
+
+    def _meter(self, model: nn.Module) -> MemoryReport:
+        return meter(
+            model,
+            self.shape,
+            criterion=self._criterion,
+            optimizer=self._optimizer,
+            autocast=None if self.dtype == torch.float32 else self.dtype,
+            hold_output=False,
+        )
+
+    # One run, in which all is noted
+
+    def _read(self) -> _Reading:
+        model = convert_whole(self.model)
+        whole = {
+            name: program.changed(again=((0, len(program.steps)),))
+            for name, program in programs(model).items()
+        }
+        schedule(model, whole)
+        names = {id(program): name for name, program in whole.items()}
+        with _following() as notes:
+            report = self._meter(model)
+        costs: dict[str, Costs] = {}
+        for note in notes:
+            name = names[id(note.pass_.program)]
+            if note.what == "forward done" and name not in costs:
+                costs[name] = self._costs(note.pass_)
+        events = _events(notes, names, costs, whole, report)
+        return _Reading(model, costs, events)
+
+    def _costs(self, pass_: segment.Pass) -> Costs:
+        program, size = pass_.program.changed(again=()), pass_.dtype.itemsize
+        shapes = {n: shape for n, shape in enumerate(pass_.shapes) if shape is not None}
+
+        def times(program: Program) -> list[StepTime]:
+            return step_times(
+                program, pass_.sizes, shapes, self.dtype, self.hardware, pass_.needs, pass_.batch
+            )
+
+        apart, writes = times(program), sorted(program.joinable())
+        together = times(program.joined(writes))
+        return Costs(
+            program,
+            tuple(pass_.needs),
+            {slot: size * prod(sides) for slot, sides in pass_.sizes.items()},
+            tuple(time.forward for time in apart),
+            tuple(time.again for time in apart),
+            tuple(time.backward for time in apart),
+            {number: 4 * prod(shape) for number, shape in shapes.items()},
+            # Each join before it has made the convolution's number one less.
+            {write: tuple(together[write - n]) for n, write in enumerate(writes)},
+        )
+
+    # The rungs
+
+    def _rungs(self, least: bool) -> list[Rung]:
+        options: dict[str, list[Way]] = {}
+        for name, costs in self.costs.items():
+            options[name] = []
+            for remote in _remote_sets(costs):
+                several = len(self.costs) > 1
+                options[name] += frontier(costs, remote, several=several, small=least)
+        found = sorted(_combined(self._reading, options), key=lambda r: (r.seconds, r.peak))
+        least_peak = min((rung.peak for rung in found), default=0)
+        rungs: list[Rung] = []
+        for rung in found:
+            near = bool(rungs) and rung.peak > rungs[-1].peak * (1 - _STEP)
+            if not near or (rung.peak == least_peak < rungs[-1].peak):
+                rungs.append(rung)
+        return rungs
+
+
+class _Note(NamedTuple):
+    pass_: segment.Pass
+    what: str
+    now: int
+    samples: int
+    given: tuple[int, ...]  # the numbers of the outputs whose gradients are there
+
+
+@contextmanager
+def _following() -> Iterator[list[_Note]]:
+    """Note the live bytes wherever a pass of a segment begins and ends."""
+    notes: list[_Note] = []
+
+    def follow(pass_: segment.Pass, what: str) -> None:
+        stack = _get_current_dispatch_mode_stack()
+        live = next(mode for mode in stack if isinstance(mode, LiveBytes))
+        given = tuple(pass_.gradients)
+        notes.append(_Note(pass_, what, live.now, len(live.timeline), given))
+
+    segment.followers.append(follow)
+    try:
+        yield notes
+    finally:
+        segment.followers.remove(follow)
+
+
+def _events(
+    notes: Sequence[_Note],
+    names: Mapping[int, str],
+    costs: Mapping[str, Costs],
+    whole: Mapping[str, Program],
+    report: MemoryReport,
+) -> list[_Event]:
+    """Return what happened in a step whose segments ran as in `whole`."""
+    ran = {name: simulate(costs[name], whole[name]) for name in costs}
+    events: list[_Event] = []
+    holding: list[str] = []
+    since = 0
+
+    def held() -> int:
+        return sum(ran[name].held for name in holding)
+
+    def outside(until: int) -> None:
+        if until > since:
+            most = max(sample.live for sample in report.timeline[since:until])
+            events.append(_Event("outside", "", most - held(), tuple(holding)))
+
+    for note in notes:
+        name = names[id(note.pass_.program)]
+        if note.what in ("forward", "backward"):
+            outside(note.samples)
+        if note.what == "forward":
+            events.append(_Event("forward", name, note.now - held(), tuple(holding)))
+        elif note.what == "forward done":
+            holding.append(name)
+        elif note.what == "backward":
+            program = note.pass_.program
+            given = sum(costs[name].bytes[program.outputs[number]] for number in note.given)
+            base = note.now - held() - given
+            events.append(_Event("backward", name, base, tuple(holding)))
+        else:
+            holding.remove(name)
+        since = note.samples
+    outside(len(report.timeline))
+    return events
+
+
+def _remote_sets(costs: Costs) -> Iterator[frozenset[int]]:
+    """Yield sets of slots that may be made again wherever they are read.
+
+    They are slots that wait long for a reader, group by group in the order of the steps, and what
+    they are made of.
+    """
+    yield frozenset()
+    program = costs.program
+    steps = len(program.steps)
+    far: dict[str, list[int]] = {}
+    for slot, number in sorted(program.producers.items(), key=lambda item: item[1]):
+        wait = program.last_reader.get(slot, number) - number
+        if wait >= max(FAR_STEPS, FAR * steps) and slot not in program.outputs:
+            far.setdefault(program.names[number], []).append(slot)
+    groups = list(far.values())
+    largest = max((costs.bytes[s] for slots in groups for s in slots), default=0)
+    for count in range(1, min(GROUPS, len(groups)) + 1):
+        if 8 * max(costs.bytes[slot] for slot in groups[count - 1]) < largest:
+            return
+        others = {slot for slots in groups[count:] for slot in slots}
+        found: set[int] = set()
+        pending = [slot for slots in groups[:count] for slot in slots]
+        while pending:
+            slot = pending.pop()
+            if slot not in found and slot not in others and slot in program.producers:
+                found.add(slot)
+                pending += read(program.steps[program.producers[slot]])
+        yield frozenset(found)
+
+
+def _combined(reading: _Reading, options: Mapping[str, Sequence[Way]]) -> Iterator[Rung]:
+    """Yield the ways to run all segments that are worth having."""
+    nothing = {name: Outcome(0, 0, 0, 0.0) for name in options}  # of those not decided on yet
+    states: list[tuple[float, dict[str, Way]]] = [(0.0, {})]
+    for name, ways in options.items():
+        found = []
+        for seconds, chosen in states:
+            for way in ways:
+                taken = chosen | {name: way}
+                outcomes = nothing | {key: each.outcome for key, each in taken.items()}
+                held = sum(outcome.held for outcome in outcomes.values())
+                peak = reading.peak(outcomes)
+                found.append((seconds + way.outcome.seconds, peak, held, taken))
+        found.sort(key=lambda each: each[:3])
+        kept: list[tuple[float, int, int, dict[str, Way]]] = []
+        for each in found:
+            if not any(k[1] <= each[1] and k[2] <= each[2] for k in kept):
+                kept.append(each)
+        if len(kept) > _STATES and len(options) > 1:
+            kept.sort(key=lambda each: each[1])
+            stride = len(kept) / _STATES
+            kept = [kept[int(i * stride)] for i in range(_STATES)]
+        states = [(each[0], each[3]) for each in kept]
+    for seconds, chosen in states:
+        outcomes = {name: way.outcome for name, way in chosen.items()}
+        yield Rung(chosen, seconds, reading.peak(outcomes))

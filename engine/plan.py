@@ -1,0 +1,479 @@
+"""A budget in bytes, and the fastest way for a network's training step to stay within it.
+
+`plan` reads the network as a whole, finds the schedules worth having (engine/schedule.py), adds
+what lives outside of segments (engine/ladder.py), and takes the fastest that fits. What it promises
+is then counted, on fake tensors, by running the very step. Nothing here needs a device.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.program import Program
+from .cards import Hardware
+from .convert import conversions, exchanged
+from .ladder import Ladder, Rung
+from .live_bytes import Sample, Span
+from .memory_report import MemoryReport, readable
+from .schedule import Costs, walked
+
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+    "sgd": torch.optim.SGD,
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VERSION = 1  # of the file
+_LISTS = ("dropped", "remote", "offloaded", "joined")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Steps that are treated alike."""
+
+    layers: str  # the first and the last module
+    policy: str  # "keep", "closing", or "series" with how deep it nests
+    stored: int  # bytes from forward to backward
+    again: float  # seconds of what is made again
+    why: str
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How one segment is to run; the lists are those of `ops.program.Program`.
+
+    `again` numbers the steps as they are before `joined` writes are joined.
+    """
+
+    name: str  # of its module, and of it there
+    signature: str  # of its steps
+    dropped: tuple[int, ...]
+    remote: tuple[int, ...]
+    again: tuple[tuple[int, int], ...]
+    offloaded: tuple[int, ...]
+    joined: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network's training step runs in a budget; `fullres.convert(model, plan=plan)` runs it.
+
+    `print` makes a table of it, `plot` a picture of the step's memory, `save` a JSON file.
+
+    Attributes:
+        model: the network's class.
+        input_shape: [N, C, H, W].
+        memory: the budget, in bytes.
+        dtype: of compute, as autocast has it; parameters stay as they are.
+        hardware: the card whose rates were used.
+        optimizer: its name.
+        reserve: bytes that were left free for what lies beside the step.
+        peak_bytes: of the step, reserve among them.
+        seconds: of the segments' steps, by roofline.
+        time_ratio: by how much longer that is than without a limit of memory.
+        segments: their schedules.
+        report: of the step, operator by operator.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    memory: int
+    dtype: torch.dtype
+    hardware: str
+    optimizer: str
+    reserve: int
+    peak_bytes: int
+    seconds: float
+    time_ratio: float
+    segments: tuple[SegmentPlan, ...]
+    report: MemoryReport = field(repr=False)
+
+    def __str__(self) -> str:
+        """Return a table: what is stored and what is made again, and why."""
+        r = self.report
+        shape = " x ".join(map(str, self.input_shape))
+        lines = [
+            f"{self.model}, {shape}, {_name(self.dtype)}, {self.optimizer}: "
+            f"{readable(self.peak_bytes)} of {readable(self.memory)}, "
+            f"{self.time_ratio:.2f} times the time without a limit ({self.hardware}, by roofline)",
+            f"input {readable(r.input)}, parameters {readable(r.parameters)}, gradients "
+            f"{readable(r.gradients)}, optimizer {readable(r.optimizer)}, stored "
+            f"{readable(r.stored)}, reserve {readable(self.reserve)}; the peak is in "
+            f"{r.peak_at.phase}, at {r.peak_at.module or 'no module'}",
+            "",
+        ]
+        table = [("layers", "policy", "stored", "made again", "why")]
+        for part in self.segments:
+            table += [
+                (row.layers, row.policy, readable(row.stored), f"{1e3 * row.again:.2f} ms", row.why)
+                for row in part.rows
+            ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the live bytes over the step, with what is alive at the peak; return the path.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return self.report.plot(path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return numbers, strings, lists and dicts, as JSON holds them, without the timeline."""
+        raw = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        raw |= {"dtype": _name(self.dtype), "report": self.report.as_dict()}
+        raw["segments"] = [dataclasses.asdict(part) for part in self.segments]
+        return raw
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON; return the path."""
+        raw = self.as_dict() | {"version": VERSION}
+        raw["report"] = self.report.as_dict(timeline=True)
+        raw["report"]["spans"] = [span._asdict() for span in self.report.spans]
+        path = Path(path)
+        path.write_text(json.dumps(raw))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: the file holds none.
+        """
+        try:
+            raw = json.loads(Path(path).read_text())
+            if raw.pop("version") != VERSION:
+                raise ValueError("another version's")
+            report = raw["report"]
+            for name in ("peak_at", "at_peak"):
+                del report[name]
+            report["timeline"] = tuple(Sample(**sample) for sample in report["timeline"])
+            report["spans"] = tuple(Span(**span) for span in report["spans"])
+            raw["report"] = MemoryReport(**report)
+            raw["dtype"] = DTYPES[raw["dtype"]]
+            raw["input_shape"] = tuple(raw["input_shape"])
+            raw["segments"] = tuple(
+                SegmentPlan(
+                    **part
+                    | {
+                        name: tuple(part[name])
+                        for name in ("dropped", "remote", "offloaded", "joined")
+                    }
+                    | {"again": tuple(map(tuple, part["again"]))}
+                    | {"rows": tuple(Row(**row) for row in part["rows"])}
+                )
+                for part in raw["segments"]
+            )
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"path: want a file that Plan.save wrote, got {path}: {error}"
+            ) from None
+
+
+class InfeasibleError(ValueError):
+    """No plan fits; `least` is the smallest peak found, in bytes."""
+
+    def __init__(self, message: str, least: int):
+        """Say why."""
+        super().__init__(message)
+        self.least = least
+
+
+def plan(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    criterion: Callable[[Any], Tensor] | None = None,
+    memory: int | str = "40GiB",
+    dtype: torch.dtype = torch.bfloat16,
+    hardware: str | Hardware | None = None,
+    optimizer: str | Optimizer | None = "adamw",
+    reserve: int | str = 0,
+) -> Plan:
+    """Return the fastest way to train a network on one input within a budget of memory.
+
+    All of the step counts: input, parameters, their gradients, the optimizer's state, what is
+    stored, and what comes and goes, in the order in which it will run; but not what an operator
+    takes inside itself, such as a convolution's workspace, nor an allocator's rounding. The same
+    arguments give the same plan, and a larger budget never a slower one. It takes seconds, and
+    neither the memory nor a device: the model may lie on "meta".
+
+    Args:
+        model: in training mode, as it is before `fullres.convert`. It is not changed.
+        input_shape: of its one input, such as [N, C, H, W].
+        criterion: takes the model's output, returns the loss. Tensors that it makes, such as
+            labels, count while they live. None ends the step at the outputs and their gradients.
+        memory: the budget: bytes, or text such as "40GiB", "40 GB" or "512MiB".
+        dtype: of compute; float16 and bfloat16 as under autocast, so that parameters stay as
+            they are.
+        hardware: the card whose rates weigh time: one of `engine.cards.HARDWARE`; None for the
+            present one, and where there is none an H200.
+        optimizer: "adamw", "adam", "momentum", "sgd", what makes one of parameters, or None.
+        reserve: bytes to leave for what lies beside the step, such as labels or workspaces.
+
+    Raises:
+        ValueError: an argument is not one of these, the model is already converted.
+        InfeasibleError: a ValueError; the smallest budget that suffices is named.
+    """
+    budget, free = parse_memory(memory, "memory"), parse_memory(reserve, "reserve")
+    ladder = _ladder(model, input_shape, criterion, dtype, hardware, optimizer)
+    found = ladder.within(budget - free)
+    if found is None:
+        least = ladder.least().peak + free
+        raise InfeasibleError(
+            f"memory: want at least {readable_up(least)} for {_shown(input_shape)} in "
+            f"{_name(dtype)}, got {readable(budget)}",
+            least,
+        )
+    return _plan_of(ladder, found, budget, free, optimizer)
+
+
+def max_batch(
+    model: nn.Module,
+    image_shape: Sequence[int],
+    *,
+    memory: int | str = "40GiB",
+    limit: int = 65_536,
+    **options: Any,
+) -> int:
+    """Return the largest batch that a budget of memory suffices for; 0 if not for one image.
+
+    Args:
+        model: as for `plan`.
+        image_shape: [C, H, W].
+        memory: the budget.
+        limit: the largest batch to think of.
+        options: of `plan`.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    if len(image_shape) != 3:
+        raise ValueError(f"image_shape: want [C, H, W], got {list(image_shape)}")
+    budget = parse_memory(memory, "memory") - parse_memory(options.pop("reserve", 0), "reserve")
+    return _largest(model, budget, limit, lambda n: (n, *image_shape), options)
+
+
+def max_image(
+    model: nn.Module,
+    batch: int = 1,
+    *,
+    channels: int = 3,
+    aspect: float = 1.0,
+    multiple: int = 64,
+    memory: int | str = "40GiB",
+    limit: int = 1 << 20,
+    **options: Any,
+) -> tuple[int, int]:
+    """Return the largest image, (H, W), that a budget of memory suffices for; (0, 0) if for none.
+
+    Args:
+        model: as for `plan`.
+        batch: images at once.
+        channels: of an image.
+        aspect: W / H.
+        multiple: of which H and W are.
+        memory: the budget.
+        limit: the largest H to think of.
+        options: of `plan`.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    if batch < 1 or channels < 1 or aspect <= 0 or multiple < 1:
+        given = f"batch={batch}, channels={channels}, aspect={aspect}, multiple={multiple}"
+        raise ValueError(f"batch, channels, aspect, multiple: want them positive, got {given}")
+    budget = parse_memory(memory, "memory") - parse_memory(options.pop("reserve", 0), "reserve")
+
+    def size(n: int) -> tuple[int, int]:
+        return n * multiple, max(1, round(n * aspect)) * multiple
+
+    def shape(n: int) -> tuple[int, ...]:
+        return (batch, channels, *size(n))
+
+    n = _largest(model, budget, limit // multiple, shape, options)
+    return size(n) if n else (0, 0)
+
+
+def _largest(
+    model: nn.Module,
+    budget: int,
+    limit: int,
+    shape: Callable[[int], tuple[int, ...]],
+    options: dict[str, Any],
+) -> int:
+    """Return the largest number whose shape fits into a budget, at most `limit`; 0 if none does.
+
+    The least memory is nearly proportional to the pixels, so a look at one small case and a few at
+    the answer suffice.
+    """
+    unknown = {*options} - {"criterion", "dtype", "hardware", "optimizer"}
+    if unknown:
+        raise TypeError(f"unexpected argument {', '.join(sorted(unknown))}")
+
+    def least(n: int) -> int:
+        given = (options.get(name) for name in ("criterion", "dtype", "hardware"))
+        criterion, dtype, hardware = given
+        optimizer = options.get("optimizer", "adamw")
+        ladder = _ladder(
+            model, shape(n), criterion, dtype or torch.bfloat16, hardware, optimizer, least=True
+        )
+        return ladder.least().peak
+
+    known: dict[int, bool] = {0: True, limit + 1: False}
+    low, high, guess, size = 0, limit + 1, 1, 0
+    while high - low > 1:
+        size = least(guess)
+        known[guess] = size <= budget
+        low, high = (guess, high) if known[guess] else (low, guess)
+        pixels = budget / max(1, size) * _pixels(shape(guess))
+        nearby = guess
+        while nearby < high and _pixels(shape(nearby + 1)) <= pixels:
+            nearby += 1 if nearby - guess < 8 else max(1, (nearby - guess) // 4)
+        while nearby > low and _pixels(shape(nearby)) > pixels:
+            nearby -= 1
+        guess = min(max(nearby, low + 1), high - 1)
+    return low
+
+
+def _pixels(shape: Sequence[int]) -> int:
+    return shape[0] * shape[2] * shape[3]
+
+
+def parse_memory(value: int | str, name: str = "memory") -> int:
+    """Return bytes of a number of them or of text such as "40GiB"; ValueError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    units = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or not found or not isinstance(value, str):
+        raise ValueError(f"{name}: want bytes, or text such as '40GiB', got {value!r}")
+    number, prefix, binary = float(found[1]), found[2].upper(), found[3]
+    power = units[prefix]
+    return int(number * (2**power if binary or power == 1 else 1000 ** (power // 10)))
+
+
+def readable_up(size: int) -> str:
+    """Return bytes in GiB or MiB, rounded up, so that the text suffices as a budget."""
+    unit, word = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{-(-100 * size // unit) / 100:.2f} {word}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _ladder(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    criterion: Callable[[Any], Tensor] | None,
+    dtype: torch.dtype,
+    hardware: str | Hardware | None,
+    optimizer: str | Optimizer | None,
+    least: bool = False,
+) -> Ladder:
+    """Return the plans of a training step, having looked at the arguments."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: want a torch.nn.Module, got {type(model).__name__}")
+    if next(conversions(model), None) is not None or exchanged(model):
+        raise ValueError("model: want one not yet converted (revert it first), got a converted one")
+    if not model.training:
+        raise ValueError("model: want one in training mode, got one in evaluation mode")
+    if not input_shape or not all(isinstance(n, int) and n > 0 for n in input_shape):
+        raise ValueError(f"input_shape: want positive numbers, got {list(input_shape)}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype: want one of {', '.join(DTYPES)}, got {_name(dtype)}")
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: want one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        optimizer = OPTIMIZERS[optimizer]
+    return Ladder(model, tuple(input_shape), criterion, dtype, hardware, optimizer, least=least)
+
+
+def _plan_of(
+    ladder: Ladder, rung: Rung, budget: int, free: int, optimizer: str | Optimizer | None
+) -> Plan:
+    """Return a rung of a ladder as a plan."""
+    segments = []
+    for name, (program, joined, _) in rung.ways.items():
+        costs, whole = ladder.costs[name], program.joined(joined)
+        rows = _rows(costs.joined(whole, joined), whole)
+        segments.append(
+            SegmentPlan(
+                name, program.signature, program.dropped, program.remote, program.again,
+                program.offloaded, joined, tuple(rows),
+            )
+        )  # fmt: skip
+    if optimizer is not None and not isinstance(optimizer, str):
+        optimizer = getattr(optimizer, "__name__", type(optimizer).__name__)
+    return Plan(
+        model=type(ladder.model).__name__,
+        input_shape=ladder.shape,
+        memory=budget,
+        dtype=ladder.dtype,
+        hardware=ladder.hardware.name,
+        optimizer=optimizer or "no optimizer",
+        reserve=free,
+        peak_bytes=rung.peak + free,
+        seconds=rung.seconds,
+        time_ratio=rung.seconds / ladder.fastest,
+        segments=tuple(segments),
+        report=rung.report,
+    )
+
+
+def _rows(costs: Costs, program: Program) -> list[Row]:
+    """Return what a plan's table says of a segment."""
+    schedule = program.schedule(costs.needs)
+    counts = walked(costs, program)
+    kept = {slot for slot in schedule.kept if slot >= program.inputs}
+    ends, edges = {s.start: s.stop for s in schedule.stretches}, {0, len(program.steps)}
+    edges |= {edge for s in schedule.stretches for edge in (s.start, s.stop)}
+    rows = []
+    order = sorted(edges)
+    for start, stop in zip(order, order[1:], strict=False):
+        steps = range(start, stop)
+        names = [program.names[n] for n in steps if program.names[n]] or [""]
+        layers = names[0] if names[0] == names[-1] else f"{names[0]} ... {names[-1]}"
+        stored = sum(costs.bytes[s] for s in kept if start <= program.producers[s] < stop)
+        again = sum(costs.again[n] * counts[n] for n in steps)
+        inside = {slot for n in steps for slot in schedule.reads[n]}
+        whole = sum(costs.bytes[s] for s in inside if start <= program.producers.get(s, -1) < stop)
+        saved, dropped = whole - stored, [s for s in inside if s in program.dropped]
+        if ends.get(start) == stop:
+            depth = _depth(program.again, start, stop)
+            policy = "series" if depth == 1 else f"series, {depth} deep"
+            why = f"{readable(max(0, saved))} less for {1e3 * again:.2f} ms"
+        elif dropped:
+            policy = "closing"
+            why = f"{readable(max(0, saved))} less for {1e3 * again:.2f} ms"
+        else:
+            policy, why = "keep", "fits"
+        rows.append(Row(layers, policy, stored, again, why))
+    return rows
+
+
+def _depth(again: Sequence[tuple[int, int]], start: int, stop: int) -> int:
+    """Return how deep stretches nest within one."""
+    inside = [s for s in again if start <= s[0] and s[1] <= stop]
+    return max(sum(a <= s[0] and s[1] <= b for a, b in inside) for s in inside)
