@@ -142,21 +142,27 @@ class Ladder:
         order = sorted(range(len(self.rungs)), key=lambda number: self.rungs[number].peak)
         return min((self._run(number) for number in order[:2]), key=lambda rung: rung.peak)
 
+    def peak_at(self, shape: Sequence[int], rung: Rung) -> int:
+        """Return the bytes of a step on an input of another shape, run as a rung says."""
+        return self._report(rung, shape).peak
+
     def _run(self, number: int) -> Rung:
         """Return a rung with its report."""
         rung = self.rungs[number]
         if rung.report is None:
-            model = self._reading.model
-            changed = {name: way.program.joined(way.joined) for name, way in rung.ways.items()}
-            schedule(model, changed)
-            report = self._meter(model)
+            report = self._report(rung, self.shape)
             rung = self.rungs[number] = replace(rung, peak=report.peak, report=report)
         return rung
 
-    def _meter(self, model: nn.Module) -> MemoryReport:
+    def _report(self, rung: Rung, shape: Sequence[int]) -> MemoryReport:
+        model = self._reading.model
+        schedule(model, {name: w.program.joined(w.joined) for name, w in rung.ways.items()})
+        return self._meter(model, shape)
+
+    def _meter(self, model: nn.Module, shape: Sequence[int]) -> MemoryReport:
         return meter(
             model,
-            self.shape,
+            shape,
             criterion=self._criterion,
             optimizer=self._optimizer,
             autocast=None if self.dtype == torch.float32 else self.dtype,
@@ -174,7 +180,7 @@ class Ladder:
         schedule(model, whole)
         names = {id(program): name for name, program in whole.items()}
         with _following() as notes:
-            report = self._meter(model)
+            report = self._meter(model, self.shape)
         costs: dict[str, Costs] = {}
         for note in notes:
             name = names[id(note.pass_.program)]

@@ -267,7 +267,7 @@ def max_batch(
     if len(image_shape) != 3:
         raise ValueError(f"image_shape: want [C, H, W], got {list(image_shape)}")
     budget = parse_memory(memory, "memory") - parse_memory(options.pop("reserve", 0), "reserve")
-    return _largest(model, budget, limit, lambda n: (n, *image_shape), options)
+    return _largest(model, budget, 1, limit, lambda n: (n, *image_shape), options)
 
 
 def max_image(
@@ -307,49 +307,70 @@ def max_image(
     def shape(n: int) -> tuple[int, ...]:
         return (batch, channels, *size(n))
 
-    n = _largest(model, budget, limit // multiple, shape, options)
+    # A network may have no use for an image of a few pixels, so that is not where to begin.
+    n = _largest(model, budget, -(-512 // multiple), limit // multiple, shape, options)
     return size(n) if n else (0, 0)
 
 
 def _largest(
     model: nn.Module,
     budget: int,
+    first: int,
     limit: int,
     shape: Callable[[int], tuple[int, ...]],
     options: dict[str, Any],
 ) -> int:
     """Return the largest number whose shape fits into a budget, at most `limit`; 0 if none does.
 
-    The least memory is nearly proportional to the pixels, so a look at one small case and a few at
-    the answer suffice.
+    The schedule that takes least is much the same for all sizes, and what it takes close to a line
+    over the pixels. So it is found at the first size, run where the line meets the budget, and
+    found anew one size larger.
     """
-    unknown = {*options} - {"criterion", "dtype", "hardware", "optimizer"}
-    if unknown:
+    if unknown := {*options} - {"criterion", "dtype", "hardware", "optimizer"}:
         raise TypeError(f"unexpected argument {', '.join(sorted(unknown))}")
+    first = min(first, limit)
 
-    def least(n: int) -> int:
-        given = (options.get(name) for name in ("criterion", "dtype", "hardware"))
-        criterion, dtype, hardware = given
-        optimizer = options.get("optimizer", "adamw")
-        ladder = _ladder(
-            model, shape(n), criterion, dtype or torch.bfloat16, hardware, optimizer, least=True
-        )
-        return ladder.least().peak
+    def ladder(n: int) -> Ladder:
+        return _ladder(
+            model, shape(n), options.get("criterion"), options.get("dtype", torch.bfloat16),
+            options.get("hardware"), options.get("optimizer", "adamw"), least=True,
+        )  # fmt: skip
 
-    known: dict[int, bool] = {0: True, limit + 1: False}
-    low, high, guess, size = 0, limit + 1, 1, 0
-    while high - low > 1:
-        size = least(guess)
-        known[guess] = size <= budget
-        low, high = (guess, high) if known[guess] else (low, guess)
-        pixels = budget / max(1, size) * _pixels(shape(guess))
-        nearby = guess
-        while nearby < high and _pixels(shape(nearby + 1)) <= pixels:
-            nearby += 1 if nearby - guess < 8 else max(1, (nearby - guess) // 4)
-        while nearby > low and _pixels(shape(nearby)) > pixels:
-            nearby -= 1
-        guess = min(max(nearby, low + 1), high - 1)
-    return low
+    looked = {first}
+    best = ladder(first)
+    rung = best.least()
+    fits = {first: rung.peak}
+    while True:
+        low = max([0, *(n for n, size in fits.items() if size <= budget)])
+        high = min([limit + 1, *(n for n, size in fits.items() if size > budget and n > low)])
+        if high - low > 1:
+            guess = _guess(fits, shape, budget, low, high)
+            fits[guess] = best.peak_at(shape(guess), rung)
+            continue
+        if high > limit or high in looked:
+            return low
+        looked.add(high)  # another schedule may be better there
+        best = ladder(high)
+        rung = best.least()
+        fits[high] = min(fits[high], rung.peak)
+
+
+def _guess(
+    fits: dict[int, int], shape: Callable[[int], tuple[int, ...]], budget: int, low: int, high: int
+) -> int:
+    """Return a number between two others whose shape may just fit into a budget."""
+    known = sorted(fits, key=lambda n: abs(fits[n] - budget))[:2]
+    if len(known) == 1:
+        (only,) = known
+        return min(high - 1, max(low + 1, 2 * only if fits[only] <= budget else only // 2))
+    a, b = known
+    slope = (fits[b] - fits[a]) / (_pixels(shape(b)) - _pixels(shape(a)))
+    pixels = _pixels(shape(a)) + (budget - fits[a]) / max(slope, 1e-9)
+    left, right = low + 1, high - 1
+    while left < right:
+        middle = (left + right + 1) // 2
+        left, right = (middle, right) if _pixels(shape(middle)) <= pixels else (left, middle - 1)
+    return left
 
 
 def _pixels(shape: Sequence[int]) -> int:

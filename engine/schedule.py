@@ -554,8 +554,9 @@ def frontier(
         return min((way.outcome.most for way in found.values()), default=limit)
 
     plain = search.program.changed(dropped=(), remote=(), again=(), offloaded=())
-    limit = max(way_of(costs, plain, joined).outcome.most for joined in (_uncut(costs, plain), ()))
-    limit = max(1, limit)
+    for joined in (_uncut(costs, plain), ()):
+        found[plain, joined] = way_of(costs, plain, joined)
+    limit = max(1, *(way.outcome.most for way in found.values()))
     least = look(limit)
     for share in (1.25,) if small else (1.25, 3.0):
         if share * least < limit:
