@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..ops.batch_norm import SyncBatchNorm
 from ..ops.geometry import DTYPES
 from ..ops.program import Call, Conv, Norm, Program, Source, Term, Write
-from ..ops.segment import run
+from ..ops.segment import run, run_whole
 from . import calls
 
 POLICIES = ("keep", "closing", "series")
@@ -805,7 +805,7 @@ def _emit(reader: _Reader, segments: list[Segment], policy: str, path: str, pref
             ]
             became |= dict.fromkeys([*others, *convs, *norms], name)
             call = graph.call_function(
-                run,
+                run_whole if policy == WHOLE else run,
                 (
                     graph.get_attr(f"{RUNNERS}.programs.{name}"),
                     [image(cell) for cell in inputs],

@@ -381,13 +381,11 @@ def parse_memory(value: int | str, name: str = "memory") -> int:
     """Return bytes of a number of them or of text such as "40GiB"; ValueError for anything else."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    units = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-    if isinstance(value, bool) or not found or not isinstance(value, str):
+    if not isinstance(value, str) or not found:
         raise ValueError(f"{name}: want bytes, or text such as '40GiB', got {value!r}")
-    number, prefix, binary = float(found[1]), found[2].upper(), found[3]
-    power = units[prefix]
-    return int(number * (2**power if binary or power == 1 else 1000 ** (power // 10)))
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def readable_up(size: int) -> str:
