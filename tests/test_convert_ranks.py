@@ -15,11 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fullres
+from fullres.engine import InfeasibleError
 from fullres.models import PRESETS
 from fullres.ops import SyncBatchNorm
 
 WAYS = {"plain": {}, "static": {"static_graph": True}, "unused": {"find_unused_parameters": True}}
-POLICIES = ["keep", "series"]
+POLICIES = ["keep", "series", "plan"]
 
 
 def network() -> nn.Module:
@@ -27,6 +28,19 @@ def network() -> nn.Module:
     numbers = {"filters": 3, "depth": 1, "deepest_blocks": 1, "deepest_channels": 6}
     config = dataclasses.replace(PRESETS["uresnet"], **numbers, final_blocks=1, deepest_kernel=3)
     return SyncBatchNorm.convert_sync_batchnorm(fullres.uresnet(config)).double()
+
+
+def converted(policy: str) -> nn.Module:
+    """Return the network under a policy, or under its plan of least memory."""
+    if policy != "plan":
+        return fullres.convert(network(), policy=policy)
+    model, shape, found = network().float(), (2, 3, 7, 10), None
+    try:
+        fullres.plan(model, shape, memory=1, dtype=torch.float32)
+    except InfeasibleError as error:
+        found = fullres.plan(model, shape, memory=error.least, dtype=torch.float32)
+    assert any(part.again for part in found.segments)
+    return fullres.convert(network(), plan=found)
 
 
 def images() -> torch.Tensor:
@@ -50,7 +64,7 @@ def rank(number: int, folder: Path) -> None:
     found = {}
     for policy in POLICIES:
         for way, options in WAYS.items():
-            model = fullres.convert(network(), policy=policy)
+            model = converted(policy)
             parallel = DistributedDataParallel(model, **options)
             for _ in range(2):
                 model.zero_grad()
@@ -66,9 +80,10 @@ def rank(number: int, folder: Path) -> None:
 
         setattr(dist, name, counted)
     for policy in POLICIES:
-        loss(fullres.convert(network(), policy=policy)(x)).backward()
+        model = converted(policy)
+        calls.clear()  # a plan is made without talking
+        loss(model(x)).backward()
         found["calls", policy] = list(calls)
-        calls.clear()
     sharded = fullres.convert(network())
     fully_shard(sharded)
     loss(sharded(x)).backward()
