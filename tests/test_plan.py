@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 import fullres
-from fullres.engine import InfeasibleError, Plan, convert, max_batch, max_image, meter, plan
+from fullres.engine import (
+    InfeasibleError,
+    LiveBytes,
+    Plan,
+    convert,
+    max_batch,
+    max_image,
+    meter,
+    plan,
+)
 from fullres.engine.ladder import Ladder
 from fullres.engine.plan import parse_memory
 from fullres.models import PRESETS, resnet50, uresnet
@@ -232,7 +241,63 @@ def test_torchs_own_operators_are_planned_too():
     torch.testing.assert_close(*evaluated)
 
 
-def test_one_input_channel_and_a_batch_of_another_size(ladder):
+class Untraceable(nn.Module):
+    """Parts that are converted each by itself, one of them called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = (
+            nn.Sequential(
+                nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            )
+            for n in (3, 8, 8)
+        )  # fmt: skip
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(int(x.shape[1]) // 4):
+            x = self.second(x)
+        return self.last(x.sin())
+
+
+def test_a_network_of_several_segments_is_planned_as_one():
+    torch.manual_seed(0)
+    model = Untraceable()
+    ladder = Ladder(model, SHAPE, None, torch.float32, None, torch.optim.AdamW)
+    assert len(ladder.costs) == 3
+    least, most = ladder.least().peak, ladder.rungs[0].peak
+    assert least < 0.8 * most
+    found = []
+    for budget in (least, (least + most) // 2, 2 * most):
+        planned = plan(model, SHAPE, memory=budget, dtype=torch.float32)
+        network = convert(model, plan=planned)
+        report = meter(network, SHAPE, optimizer=torch.optim.AdamW, hold_output=False)
+        assert report.peak == planned.peak_bytes <= budget
+        network.zero_grad()
+        network(torch.ones(SHAPE)).sin().sum().backward()
+        found.append((planned.seconds, [p.grad.clone() for p in network.parameters()]))
+    assert found[0][0] > found[1][0] > found[2][0]
+    for _, grads in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads, found[0][1], strict=True))
+
+
+def test_fifty_steps_end_with_the_same_bytes(ladder):
+    network = convert(small(), plan=ladder["tight"])
+    steps = torch.optim.AdamW(network.parameters(), 1e-3)
+    x, ends = torch.randn(2, 3, 16, 24), []
+    with LiveBytes() as live:
+        for _ in range(50):
+            loss = sum((out.sin() * out).mean() for out in network(x))
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+            del loss
+            ends.append(live.now)
+    assert len(set(ends[1:])) == 1 and ends[1] > 0
+
+
+def test_a_planned_network_takes_images_of_other_sizes(ladder):
     network = convert(small(), plan=ladder["tight"])
     for shape in ((1, 3, 40, 56), (3, 3, 64, 64)):
         out = network(torch.randn(shape))
