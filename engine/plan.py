@@ -115,7 +115,13 @@ class Plan:
         table = [("layers", "policy", "stored", "made again", "why")]
         for part in self.segments:
             table += [
-                (row.layers, row.policy, readable(row.stored), f"{1e3 * row.again:.2f} ms", row.why)
+                (
+                    _short(row.layers),
+                    row.policy,
+                    readable(row.stored),
+                    f"{1e3 * row.again:.2f} ms",
+                    row.why,
+                )
                 for row in part.rows
             ]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -392,6 +398,11 @@ def readable_up(size: int) -> str:
     """Return bytes in GiB or MiB, rounded up, so that the text suffices as a budget."""
     unit, word = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
     return f"{-(-100 * size // unit) / 100:.2f} {word}"
+
+
+def _short(layers: str) -> str:
+    """Return names with "main_module.main_module.main_module" as "main_module*3"."""
+    return re.sub(r"\b(\w+)((?:\.\1)+)\b", lambda m: f"{m[1]}*{m[2].count('.') + 1}", layers)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -362,7 +362,8 @@ def test_the_table_adds_up(ladder):
     assert sum(row.stored for row in rows) <= planned.report.stored
     assert {row.policy.split(",")[0] for row in rows} <= {"keep", "closing", "series"}
     text = str(planned)
-    assert all(row.layers in text for row in rows) and "by roofline" in text
+    assert all(row.why in text for row in rows) and "by roofline" in text
+    assert rows[0].layers.startswith("initial_convolution.conv") and rows[0].layers in text
     json.dumps(planned.as_dict())
 
 
