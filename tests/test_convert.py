@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import random
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fullres
-from fullres.engine.convert import conversions
+from fullres.engine.convert import conversions, convert_whole, programs, schedule
 from fullres.models import PRESETS
 
 POLICIES = ["keep", "closing", "series"]
@@ -83,12 +84,42 @@ def assert_same(ours, theirs, x, rng, steps=1, accumulate=1):
         close(b.double(), c.double())
 
 
-def converted(model, **options):
-    """A converted copy that shares nothing with model."""
-    return fullres.convert(copy.deepcopy(model), **options)
+WAYS = [*POLICIES, "whole"]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+def converted(model, policy="keep"):
+    """A converted copy that shares nothing with model; "whole" under a schedule at random."""
+    model = copy.deepcopy(model)
+    if policy != "whole":
+        return fullres.convert(model, policy=policy)
+    model, chance = convert_whole(model), random.Random(1)
+    changed = {}
+    for name, program in programs(model).items():
+        again = stretches(0, len(program.steps), chance)
+        dropped, remote = (
+            tuple(slot for slot in program.producers if chance.random() < 0.2) for _ in range(2)
+        )
+        edges = {edge for stretch in again for edge in stretch}
+        joined = [n for n in program.joinable() if n + 1 not in edges and chance.random() < 0.5]
+        changed[name] = program.changed(dropped=dropped, remote=remote, again=again).joined(joined)
+    schedule(model, changed)
+    return model
+
+
+def stretches(start, stop, chance):
+    """Ranges that nest, at random."""
+    found, first = set(), start
+    while first < stop:
+        last = min(stop, first + chance.randint(1, max(2, (stop - start) // 2)))
+        if chance.random() < 0.7:
+            found.add((first, last))
+            if 1 < last - first < stop - start:
+                found.update(stretches(first, last, chance))
+        first = last
+    return tuple(sorted(found))
+
+
+@pytest.mark.parametrize("policy", WAYS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_function_gradients_and_statistics_are_the_networks(name, policy, rng):
     model = randomised(NETWORKS[name](), rng)
@@ -303,7 +334,7 @@ def pattern_untraceable():
 PATTERNS = {k.removeprefix("pattern_"): v for k, v in globals().items() if k.startswith("pattern_")}
 
 
-@pytest.mark.parametrize("policy", ["keep", "series"])
+@pytest.mark.parametrize("policy", ["keep", "series", "whole"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_compute_as_before(pattern, policy, rng):
     model = randomised(PATTERNS[pattern](), rng)
@@ -390,7 +421,7 @@ class Straight(nn.Module):
 
 
 @settings(max_examples=100, deadline=None)
-@given(lines=random_networks(), policy=st.sampled_from(POLICIES))
+@given(lines=random_networks(), policy=st.sampled_from(WAYS))
 # Calls of the shared normalisation that a segment would overtake, one of them used by nobody.
 @example(lines=(("conv", 0, 0), ("norm", 0, 0), ("norm", 1, 0)), policy="keep")
 @example(lines=(("conv", 0, 0), ("norm", 0, 0), ("norm", 1, 0), ("conv", 0, 0)), policy="keep")
