@@ -67,7 +67,10 @@ def _options_of(config: type) -> Callable[[Callable], Callable]:
             text = option.metadata["help"]
             if option.default not in (None, "", False):
                 text += f" [default: {option.default}]"
-            kind = Annotated[hints[option.name] | None, typer.Option(help=text)]
+            hint = hints[option.name]
+            if len({*typing.get_args(hint)} - {type(None)}) > 1 and not _is_literal(hint):
+                hint = str  # the configuration reads a number or a word from it
+            kind = Annotated[hint | None, typer.Option(help=text)]
             parameters.append(
                 inspect.Parameter(
                     option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
@@ -85,6 +88,10 @@ def _options_of(config: type) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
 
 
 @app.command()
@@ -214,6 +221,68 @@ def display(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="uresnet, resnet18, resnet34, resnet50, resnet101 or resnet152.")
+    ] = "uresnet",
+    preset: Annotated[str, typer.Option(help="The U-ResNet's preset.")] = "uresnet",
+    network: Annotated[
+        str, typer.Option(help="The U-ResNet's numbers other than the preset's, as for train.")
+    ] = "",
+    image_size: Annotated[str, typer.Option(help="Rows x columns of a plane.")] = "1260x2048",
+    batch_size: Annotated[
+        str, typer.Option(help="Images per forward pass; max: as many as the memory suffices for.")
+    ] = "1",
+    memory: Annotated[str, typer.Option(help="The budget, such as 40GiB or 512MiB.")] = "40GiB",
+    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    hardware: Annotated[
+        str | None, typer.Option(help="Card, such as h200; else the one here, or an H200.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum or sgd.")] = "adamw",
+    plot: Annotated[Path | None, typer.Option(help="Draw the step's memory into a file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan, for Plan.load.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Say how a training step stays within a budget of memory; neither memory nor GPU is needed.
+
+    The step of a U-ResNet includes its focal loss; that of a ResNet ends at the outputs.
+    """
+    import torch
+
+    from .training.config import parse_size
+    from .training.memory import DTYPES, label_bytes, pixel_criterion, plan_step
+
+    if precision not in DTYPES:
+        raise ValueError(f"want precision from {', '.join(DTYPES)}; got {precision!r}")
+    if batch_size != "max" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise ValueError(f"want batch_size >= 1, or max; got {batch_size!r}")
+    build, channels = _network(model, preset, network)
+    size = parse_size(image_size)
+    with torch.device("meta"):
+        built = build()
+    pixels = model == "uresnet"
+    found = plan_step(
+        built,
+        None if batch_size == "max" else int(batch_size),
+        (channels, *size),
+        memory=memory,
+        labels=label_bytes(1, channels, size) if pixels else 0,
+        criterion=pixel_criterion() if pixels else None,
+        dtype=DTYPES[precision],
+        hardware=hardware,
+        optimizer=optimizer,
+    )
+    written = [write(path) for write, path in ((found.plot, plot), (found.save, save)) if path]
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+        return
+    if batch_size == "max":
+        typer.echo(f"largest batch: {found.input_shape[0]}")
+    typer.echo(str(found))  # wide: no console's width would do
+    _wrote(*written)
+
+
+@app.command()
 def precompile(
     target: Annotated[
         str, typer.Option(help="Devices to compile for, with commas between.")
@@ -258,9 +327,9 @@ def precompile(
     if precision not in dtypes:
         raise ValueError(f"want precision from {', '.join(dtypes)}; got {precision!r}")
     _want_folder(out)
-    build, channels = _network(model, preset, network, policy)
+    build, channels = _network(model, preset, network)
     shape = batch_size, channels, *parse_size(image_size)
-    step = training_step(build, shape, dtypes[precision])
+    step = training_step(_converted(build, policy), shape, dtypes[precision])
     with _progress(stderr=True) as bar:
         task = bar.add_task("Compiling", total=None)
         rows = run(
@@ -286,11 +355,9 @@ def precompile(
         raise ValueError(f"{len(wrong)} variants pass a limit without a stated reason: {names}")
 
 
-def _network(model: str, preset: str, network: str, policy: str) -> tuple[Callable[[], Any], int]:
-    """Return what builds the network whose training step is compiled, and its image's channels."""
+def _network(model: str, preset: str, network: str) -> tuple[Callable[[], Any], int]:
+    """Return what builds a network from its options, and its image's channels."""
     from . import models
-    from .engine import convert
-    from .engine.fusion import POLICIES
     from .training.config import parse_network
 
     known = [name for name in models.__all__ if name.islower()]
@@ -299,14 +366,18 @@ def _network(model: str, preset: str, network: str, policy: str) -> tuple[Callab
     arguments = [parse_network(preset, network)] if model == "uresnet" else []
     if network and not arguments:
         raise ValueError(f"want network with the model uresnet; got it with {model}")
+    channels = arguments[0].planes if arguments else 3
+    return functools.partial(getattr(models, model), *arguments), channels
+
+
+def _converted(build: Callable[[], Any], policy: str) -> Callable[[], Any]:
+    """Return what builds a network and converts it."""
+    from .engine import convert
+    from .engine.fusion import POLICIES
+
     if policy not in POLICIES:
         raise ValueError(f"want policy from {', '.join(POLICIES)}; got {policy!r}")
-    channels = arguments[0].planes if arguments else 3
-
-    def build() -> Any:
-        return convert(getattr(models, model)(*arguments), policy=policy, inplace=True)
-
-    return build, channels
+    return lambda: convert(build(), policy=policy, inplace=True)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

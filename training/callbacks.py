@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from ..engine import Plan
 from .checkpoint import BEST, LAST
 from .config import TrainConfig
+from .memory import comparison, summary
 
 GIB = 2**30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler's two warnings
@@ -187,6 +189,35 @@ class Meter(Callback):
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint) -> None:
         """Leave the saving out of the next step's time."""
         self._since = None
+
+
+class MemoryCheck(Callback):
+    """Prints what the run's plan promises, and on a GPU the second step's peak beside it.
+
+    The first step is not measured, for it tunes kernels; peaks are counted anew after it.
+    """
+
+    def __init__(self, config: TrainConfig, plan: Plan):
+        """Check a plan."""
+        self.config, self.plan, self._steps = config, plan, 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print the promise."""
+        if trainer.is_global_zero:
+            print(summary(self.plan), flush=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
+        """Measure the second step."""
+        if (batch_idx + 1) % self.config.accumulate or module.device.type != "cuda":
+            return
+        self._steps += 1
+        if self._steps == 1:
+            torch.cuda.reset_peak_memory_stats(module.device)
+        elif self._steps == 2 and trainer.is_global_zero:
+            measured = torch.cuda.max_memory_allocated(module.device)
+            print(comparison(self.plan, measured), flush=True)
 
 
 class Bar(RichProgressBar):

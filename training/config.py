@@ -15,7 +15,10 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from ..engine.plan import parse_memory
 from ..models import PRESETS, UResNetConfig
+
+AUTO = "auto"
 
 
 def _option(default: Any, help: str, **limits: float) -> Any:
@@ -54,7 +57,15 @@ class TrainConfig:
     )
     sync_batch_norm: bool = _option(False, "Batch statistics over all processes.")
 
-    batch_size: int = _option(1, "Images per process and forward pass.", least=1)
+    memory: str | None = _option(
+        None,
+        "Plan each step for this budget, such as 40GiB; auto: what each process' device has free.",
+    )
+    batch_size: int | Literal["auto"] = _option(
+        1,
+        "Images per process and forward pass; auto: as many as --memory suffices for.",
+        least=1,
+    )
     accumulate: int = _option(1, "Forward passes per optimizer step.", least=1)
     steps: int | None = _option(None, "Optimizer steps; or give --epochs.", least=1)
     epochs: int | None = _option(None, "Passes over the events [default: 1].", least=1)
@@ -100,7 +111,21 @@ class TrainConfig:
             raise ValueError(f"want val_split in [0, 1); got {self.val_split}")
         if self.val_split > 0 and self.val_data is not None:
             raise ValueError("want val_split or val_data, not both; got both")
+        if self.memory is not None:
+            self._check_memory()
+        elif self.batch_size == AUTO:
+            raise ValueError("want memory beside batch_size auto; got none")
         _ = self.size
+
+    def _check_memory(self) -> None:
+        """Refuse a budget that is none, and what cannot be planned for one."""
+        if self.memory != AUTO:
+            parse_memory(self.memory, "memory")
+        if self.policy != "none":
+            given = f"policy={self.policy!r} and memory={self.memory!r}"
+            raise ValueError(f"want policy or memory, not both; got {given}")
+        if self.precision == "fp64":
+            raise ValueError("want precision fp32, bf16 or fp16 beside memory; got 'fp64'")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -188,10 +213,18 @@ def _truth(text: str) -> bool:
 
 def _coerce(name: str, hint: Any, value: Any) -> Any:
     """Return value as the hinted type; ValueError if it is of another kind."""
-    if isinstance(hint, types.UnionType):
-        if value is None:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        if value is None and len(parts) < len(typing.get_args(hint)):
             return None
-        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+        for part in parts[:-1]:
+            try:
+                return _coerce(name, part, value)
+            except ValueError:
+                continue
+        if len(parts) > 1:
+            return _coerce_word(name, parts, value)
+        (hint,) = parts
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value in choices:
@@ -209,8 +242,22 @@ def _coerce(name: str, hint: Any, value: Any) -> Any:
     return value
 
 
+def _coerce_word(name: str, parts: list[Any], value: Any) -> Any:
+    """Return a number, also as text, or one of a few words."""
+    number, words = parts[0], typing.get_args(parts[1])
+    if value in words:
+        return value
+    try:
+        if isinstance(value, str):
+            return number(value)
+    except ValueError:
+        pass
+    wanted = f"{number.__name__} or {' or '.join(words)}"
+    raise ValueError(f"want {name} as {wanted}; got {value!r}")
+
+
 def _check_limits(option: dataclasses.Field, value: Any) -> None:
-    if value is None:
+    if value is None or isinstance(value, str):
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"want {option.name} finite; got {value}")

@@ -1,13 +1,14 @@
 """What one training step and one validation are, as a Lightning module."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ..engine import convert
+from ..engine import Plan, convert
 from ..events import Event
 from ..models import uresnet
 from ..ops.batch_norm import SyncBatchNorm
@@ -16,8 +17,8 @@ from .loss import SegmentationLoss
 from .metrics import SegmentationMetrics
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """Return the network with fresh weights, from torch's random generator.
+def build_network(config: TrainConfig) -> nn.Module:
+    """Return the network as torch's layers, with fresh weights, from torch's random generator.
 
     Raises ValueError as `parse_network`.
     """
@@ -26,9 +27,35 @@ def build_model(config: TrainConfig) -> nn.Module:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if config.policy != "none":
-        model = convert(model, policy=config.policy, inplace=True)
     return model
+
+
+def build_model(config: TrainConfig, plan: Plan | None = None) -> nn.Module:
+    """Return `build_network`'s network, converted as a plan or else config says.
+
+    A run's network without its plan, as for predictions, has fused segments too.
+
+    Raises ValueError as `parse_network`, and for the plan of another network.
+    """
+    model = build_network(config)
+    if plan is not None:
+        return convert(model, plan=plan, inplace=True)
+    if config.policy != "none" or config.memory is not None:
+        policy = "keep" if config.policy == "none" else config.policy
+        return convert(model, policy=policy, inplace=True)
+    return model
+
+
+def build_optimizer(
+    config: TrainConfig, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a run."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+        )
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    return kind(parameters, config.lr, weight_decay=config.weight_decay)
 
 
 class SegmentationModule(LightningModule):
@@ -95,14 +122,7 @@ class SegmentationModule(LightningModule):
 
     def configure_optimizers(self) -> dict:
         """Return the optimizer, and its learning rate as a function of the step."""
-        c, parameters = self.config, self.model.parameters()
-        if c.optimizer == "sgd":
-            optimizer = torch.optim.SGD(
-                parameters, c.lr, momentum=0.9, nesterov=True, weight_decay=c.weight_decay
-            )
-        else:
-            kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
-            optimizer = kind(parameters, c.lr, weight_decay=c.weight_decay)
+        optimizer = build_optimizer(self.config, self.model.parameters())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
         return {
             "optimizer": optimizer,

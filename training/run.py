@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
-from .callbacks import Meter, RunKeeper, peak_memory, progress
+from .callbacks import MemoryCheck, Meter, RunKeeper, peak_memory, progress
 from .checkpoint import BEST, LAST, AtomicCheckpointIO, load
 from .config import TrainConfig
 from .curves import FOLDER, draw_curves
 from .data import open_events, training_loader, validation_loader
-from .module import SegmentationModule, build_model
+from .memory import plan_run, save_plan
+from .module import SegmentationModule, build_model, build_network, build_optimizer
 
 CONFIG = "config.yaml"
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
@@ -41,8 +43,9 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
     """Train as config says, in as many processes as torchrun started, and return a summary.
 
     The folder config.out gets config.yaml, last.ckpt, with validation best.ckpt, curves for
-    TensorBoard, and at the end a picture of them. A resumed run takes the same steps, on the same
-    events, with the same losses as one that was never interrupted.
+    TensorBoard, and at the end a picture of them; with config.memory also plan.json. A resumed run
+    takes the same steps, on the same events, with the same losses as one that was never
+    interrupted.
 
     Args:
         config: the run.
@@ -50,7 +53,8 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
             has one, or the path of a checkpoint.
 
     Raises:
-        ValueError: an option, a file or the checkpoint does not fit; before anything is written.
+        ValueError: an option, a file or the checkpoint does not fit, or the memory does not
+            suffice; before anything is written.
         NonFiniteError: a loss or a weight is NaN or infinite.
         StoppedError: a signal came; the run is saved.
     """
@@ -58,13 +62,23 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
     rank = int(os.environ.get("RANK", 0))
     accelerator = _accelerator(config)
     events, validation_events = open_events(config)
+    checkpoint, done, before = _resumed(config, resume)
+    plan = None
+    if config.memory is not None:
+        config, plan = plan_run(
+            config,
+            partial(build_network, config),
+            partial(build_optimizer, config),
+            accelerator=accelerator,
+            processes=processes,
+            before=before,
+        )
     steps = config.total_steps(len(events), processes)
-    checkpoint, done = _resumed(config, resume)
     if done > steps:
         raise ValueError(f"{checkpoint}: has taken {done} steps already; the run has {steps}")
 
     seed_everything(config.seed, verbose=False)
-    module = SegmentationModule(config, build_model(config), steps)
+    module = SegmentationModule(config, build_model(config, plan), steps)
     validation = None
     if validation_events is not None:
         validation = validation_loader(config, validation_events, rank=rank, world=processes)
@@ -74,7 +88,10 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         config.write(folder / CONFIG)
+        if plan is not None:
+            save_plan(plan, folder)
     meter = Meter(config)
+    checks = [] if plan is None else [MemoryCheck(config, plan)]
     with _quiet():
         trainer = Trainer(
             accelerator=accelerator,
@@ -88,7 +105,7 @@ def train(config: TrainConfig, resume: str | None = None) -> Summary:
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             limit_val_batches=0 if validation is None else None,
-            callbacks=[meter, RunKeeper(config, steps), progress(config, steps, meter)],
+            callbacks=[meter, RunKeeper(config, steps), progress(config, steps, meter), *checks],
             plugins=[AtomicCheckpointIO(), _environment(processes)],
             logger=TensorBoardLogger(folder, name=FOLDER, version="", purge_step=done + 1),
             log_every_n_steps=1,
@@ -124,8 +141,8 @@ def _accelerator(config: TrainConfig) -> str:
     return accelerator
 
 
-def _resumed(config: TrainConfig, resume: str | None) -> tuple[Path | None, int]:
-    """Return the checkpoint to go on from, if any, and the optimizer steps that it has taken."""
+def _resumed(config: TrainConfig, resume: str | None) -> tuple[Path | None, int, dict | None]:
+    """Return the checkpoint to go on from, if any, its optimizer steps, and its run's options."""
     last = Path(config.out) / LAST
     if resume is None and last.exists():
         raise ValueError(
@@ -133,14 +150,14 @@ def _resumed(config: TrainConfig, resume: str | None) -> tuple[Path | None, int]
             "folder with --out"
         )
     if resume is None or (resume == "auto" and not last.exists()):
-        return None, 0
+        return None, 0, None
     path = last if resume == "auto" else Path(resume)
     checkpoint = load(path)
     for name in ("model", "preset", "network", "optimizer"):
         before, now = checkpoint["config"].get(name), getattr(config, name)
         if before != now:
             raise ValueError(f"{path}: want {name} {before!r}, as the run began; got {now!r}")
-    return path, checkpoint["global_step"]
+    return path, checkpoint["global_step"], checkpoint["config"]
 
 
 def _processes(processes: int) -> dict:
