@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..ops.batch_norm import SyncBatchNorm
 from ..ops.geometry import DTYPES
-from ..ops.program import Call, Conv, Norm, Program, Source, Term, Write
+from ..ops.program import Call, Conv, Norm, Program, Source, Term, Write, cheap, closing
 from ..ops.segment import run, run_whole
 from . import calls
 
@@ -982,9 +982,4 @@ def dropped(program: Program, policy: str) -> tuple[int, ...]:
     "keep": what one kept image alone tells, by elementwise work; "closing": also the outputs of
     convolutions that are summed; "series": the same as "keep".
     """
-    cheap = {s.out for s in program.steps if isinstance(s, Write) and s.source.residual is None}
-    if policy == "closing":
-        outs = {step.out for step in program.steps if isinstance(step, Conv)}
-        sums = [e for step in program.steps for e in step.sources if e.residual is not None]
-        cheap |= {term.slot for source in sums for term in source.terms} & outs
-    return tuple(sorted(cheap))
+    return tuple(sorted(closing(program) if policy == "closing" else cheap(program)))

@@ -28,6 +28,8 @@ from ..ops.program import (
     Program,
     Source,
     Stretch,
+    cheap,
+    closing,
     expanded,
     made,
     read,
@@ -738,10 +740,9 @@ class _Search:
         held, flow = self._streamed(first, last)
         whole = inside + self._fitting(max(flow, held))
         self.repeated[first, last], self.choices[first, last] = whole, choice
-        ways = {_WAYS * (last - first) + 3: whole}
-        better = whole < inside
+        again = _WAYS * (last - first) + 3
         self._tails[first, last] = np.minimum(whole, inside)
-        self._tail_choices[first, last] = np.where(better, _WAYS * (last - first) + 3, choice)
+        self._tail_choices[first, last] = np.where(whole < inside, again, choice)
 
     def leaves(self, first: int, last: int) -> list[_Leaf]:
         """Return a range that holds what its backward reads, in the ways to do so; or none."""
@@ -852,18 +853,3 @@ def _best(ways: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     codes, vectors = np.array(list(ways), dtype=np.int16), np.stack(list(ways.values()))
     choice = vectors.argmin(0)
     return np.take_along_axis(vectors, choice[None], 0)[0], codes[choice]
-
-
-def cheap(program: Program) -> frozenset[int]:
-    """Return the slots that elementwise work makes of one other image."""
-    writes = [step for step in program.steps if not isinstance(step, Conv | Call)]
-    slots = {step.out for step in writes if step.source.residual is None}
-    return frozenset(slots).difference(program.outputs)
-
-
-def closing(program: Program) -> frozenset[int]:
-    """Return these, and the convolutions' outputs that are terms of a sum."""
-    sums = [e for step in program.steps for e in step.sources if e.residual is not None]
-    outs = {step.out for step in program.steps if isinstance(step, Conv)}
-    slots = {term.slot for source in sums for term in source.terms} & outs
-    return cheap(program) | frozenset(slots).difference(program.outputs)

@@ -468,3 +468,18 @@ def expanded(program: Program, wanted: Iterable[int], dropped: Container[int]) -
         else:
             found.add(slot)
     return found
+
+
+def cheap(program: Program) -> frozenset[int]:
+    """Return the slots that elementwise work makes of one other image."""
+    writes = [step for step in program.steps if isinstance(step, Write)]
+    slots = {step.out for step in writes if step.source.residual is None}
+    return frozenset(slots).difference(program.outputs)
+
+
+def closing(program: Program) -> frozenset[int]:
+    """Return these, and the convolutions' outputs that are terms of a sum."""
+    sums = [e for step in program.steps for e in step.sources if e.residual is not None]
+    outs = {step.out for step in program.steps if isinstance(step, Conv)}
+    slots = {term.slot for source in sums for term in source.terms} & outs
+    return cheap(program) | frozenset(slots).difference(program.outputs)
