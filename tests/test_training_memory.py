@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from fullres import Plan, plan
-from fullres.engine.convert import conversions
+from fullres.engine.convert import conversions, programs
 from fullres.engine.plan import InfeasibleError
-from fullres.training import memory
+from fullres.training import memory, run
 from fullres.training.callbacks import MemoryCheck
 from fullres.training.checkpoint import load
 from fullres.training.config import TrainConfig
@@ -70,13 +70,19 @@ def loose(tmp_path_factory) -> Path:
 # The same computation
 
 
-def test_losses_do_not_depend_on_the_budget(loose, tmp_path, capsys):
+def test_losses_do_not_depend_on_the_budget(loose, tmp_path, capsys, monkeypatch):
+    trained, module = [], run.SegmentationModule
+    monkeypatch.setattr(
+        run, "SegmentationModule", lambda c, model, n: trained.append(model) or module(c, model, n)
+    )
     tight = least(TrainConfig(**options(tmp_path, batch_size=2)))
     train(TrainConfig(**options(tmp_path, batch_size=2, memory=str(tight))))
     plans = [Plan.load(folder / memory.PLAN) for folder in (loose, tmp_path)]
     assert plans[1].peak_bytes <= tight < plans[0].peak_bytes
     assert plans[1].time_ratio > plans[0].time_ratio == 1
     assert any(part.again for part in plans[1].segments)
+    running = programs(trained[0])
+    assert all(running[part.name].again == part.again for part in plans[1].segments)
     assert losses(loose) == losses(tmp_path) and len(losses(loose)) == 3
     a, b = (load(folder / "last.ckpt")["state_dict"] for folder in (loose, tmp_path))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -215,16 +221,18 @@ def test_saved_plan_is_used_for_the_same_step_alone(loose, changes, kept, plans)
     assert found.input_shape[0] == config.batch_size
 
 
-@pytest.mark.parametrize("harm", ["cut", "another network"])
+@pytest.mark.parametrize("harm", ["cut", "another network", "another budget"])
 def test_saved_plan_that_cannot_be_used_is_made_again(loose, tmp_path, harm, plans):
     before = load(loose / "last.ckpt")["config"] | {"out": str(tmp_path)}
     saved = Plan.load(loose / memory.PLAN)
     wrong = tuple(dataclasses.replace(part, signature="no") for part in saved.segments)
     dataclasses.replace(saved, segments=wrong).save(tmp_path / memory.PLAN)
-    if harm == "cut":
+    if harm == "another budget":  # that of a run which ended before a checkpoint
+        dataclasses.replace(saved, memory=saved.memory - 1).save(tmp_path / memory.PLAN)
+    elif harm == "cut":
         (tmp_path / memory.PLAN).write_text("{")
     _, found = planned(TrainConfig.from_dict(before), before=before)
-    assert plans and found.segments == saved.segments
+    assert plans and (found.segments, found.memory) == (saved.segments, saved.memory)
 
 
 def test_automatic_budget_keeps_a_plan_that_still_fits(loose, tmp_path, monkeypatch, plans):
