@@ -328,9 +328,8 @@ def _largest(
 ) -> int:
     """Return the largest number whose shape fits into a budget, at most `limit`; 0 if none does.
 
-    The schedule that takes least is much the same for all sizes, and what it takes close to a line
-    over the pixels. So it is found at the first size, run where the line meets the budget, and
-    found anew one size larger.
+    The schedule that takes least is much the same for all sizes. So it is found at the first size,
+    run where it may just fit, and found anew one size larger, until that does not fit.
     """
     if unknown := {*options} - {"criterion", "dtype", "hardware", "optimizer"}:
         raise TypeError(f"unexpected argument {', '.join(sorted(unknown))}")
@@ -342,41 +341,50 @@ def _largest(
             options.get("hardware"), options.get("optimizer", "adamw"), least=True,
         )  # fmt: skip
 
-    looked = {first}
-    best = ladder(first)
-    rung = best.least()
-    fits = {first: rung.peak}
-    while True:
-        low = max([0, *(n for n, size in fits.items() if size <= budget)])
-        high = min([limit + 1, *(n for n, size in fits.items() if size > budget and n > low)])
-        if high - low > 1:
-            guess = _guess(fits, shape, budget, low, high)
-            fits[guess] = best.peak_at(shape(guess), rung)
-            continue
-        if high > limit or high in looked:
-            return low
-        looked.add(high)  # another schedule may be better there
-        best = ladder(high)
-        rung = best.least()
-        fits[high] = min(fits[high], rung.peak)
+    largest, size = 0, first
+    while True:  # a schedule found at one size may be worse than another at the next
+        found = ladder(size)
+        rung = found.least()
+        if rung.peak > budget and size != first:
+            return largest
+        taken = {size: rung.peak}
+
+        def peak(n: int, found: Ladder = found, rung: Rung = rung, taken: dict = taken) -> int:
+            if n not in taken:
+                taken[n] = found.peak_at(shape(n), rung)
+            return taken[n]
+
+        largest = max(largest, _along(peak, shape, budget, size, limit))
+        if largest in (0, limit):
+            return largest
+        size = largest + 1
 
 
-def _guess(
-    fits: dict[int, int], shape: Callable[[int], tuple[int, ...]], budget: int, low: int, high: int
+def _along(
+    peak: Callable[[int], int],
+    shape: Callable[[int], tuple[int, ...]],
+    budget: int,
+    size: int,
+    limit: int,
 ) -> int:
-    """Return a number between two others whose shape may just fit into a budget."""
-    known = sorted(fits, key=lambda n: abs(fits[n] - budget))[:2]
-    if len(known) == 1:
-        (only,) = known
-        return min(high - 1, max(low + 1, 2 * only if fits[only] <= budget else only // 2))
-    a, b = known
-    slope = (fits[b] - fits[a]) / (_pixels(shape(b)) - _pixels(shape(a)))
-    pixels = _pixels(shape(a)) + (budget - fits[a]) / max(slope, 1e-9)
-    left, right = low + 1, high - 1
-    while left < right:
-        middle = (left + right + 1) // 2
-        left, right = (middle, right) if _pixels(shape(middle)) <= pixels else (left, middle - 1)
-    return left
+    """Return the largest number whose peak fits; the peak is close to a line over the pixels."""
+    other = max(1, size // 2) if size > 1 else min(2, limit)
+    low, high = 0, limit + 1
+    for n in {size, other}:
+        low, high = (max(low, n), high) if peak(n) <= budget else (low, min(high, n))
+    while high - low > 1:
+        a, b = (low, high) if low and high <= limit else (size, other)
+        if a == b:
+            return low
+        slope = (peak(b) - peak(a)) / (_pixels(shape(b)) - _pixels(shape(a)))
+        pixels = _pixels(shape(a)) + (budget - peak(a)) / max(slope, 1e-9)
+        left, right = low + 1, high - 1
+        while left < right:
+            middle = (left + right + 1) // 2
+            fits = _pixels(shape(middle)) <= pixels
+            left, right = (middle, right) if fits else (left, middle - 1)
+        low, high = (left, high) if peak(left) <= budget else (low, left)
+    return low
 
 
 def _pixels(shape: Sequence[int]) -> int:
