@@ -38,6 +38,7 @@ from .program import (
     Source,
     Step,
     Stretch,
+    Term,
     made,
     parsed,
     read,
@@ -390,7 +391,13 @@ def _execute(
     if not isinstance(step, Conv):
         values[step.out] = prologue(*_read(step.source, values, norms))
         return None
-    one = _read(step.sources[0], values, norms)
+    source, keep = step.sources[0], step.keep
+    if keep is not None and step.out in values:  # made again for the written image alone
+        values[keep] = prologue(*_read(replace(source, resample="none"), values, norms))
+        return None
+    if keep in values:  # made again without it
+        source, keep = Source(Term(keep), resample=source.resample), None
+    one = _read(source, values, norms)
     two = (None, None, "none", 0.0, "none")
     if len(step.sources) == 2:
         x2, norm2, residual, _, act2, slope2, resample2 = _read(step.sources[1], values, norms)
@@ -402,10 +409,10 @@ def _execute(
     bias = None if step.bias is None else parameters[step.bias].to(dtype)
     values[step.out], found, z = conv2d_fwd(
         *one, *two, weight, bias, step.stride, step.padding, step.dilation, step.groups,
-        moments, step.keep is not None,
+        moments, keep is not None,
     )  # fmt: skip
-    if step.keep is not None:
-        values[step.keep] = z
+    if keep is not None:
+        values[keep] = z
     return found if moments else None
 
 
