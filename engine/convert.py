@@ -273,12 +273,13 @@ def _fused(module: nn.Module, policy: str, path: str, opaque: set[str]) -> list[
     """Return the fused graph, two where training and evaluation differ, or None."""
     modes = {m: m.training for m in module.modules()}
     graphs = []
+    buffers = _Buffers(module)
     try:
         for training in (True, False):
             for m in modes:
                 m.training = training
             graph = _traced(module, opaque)
-            if graph is None:
+            if buffers.restored() or graph is None:
                 return None
             graphs.append(graph)
     finally:
@@ -290,6 +291,33 @@ def _fused(module: nn.Module, policy: str, path: str, opaque: set[str]) -> list[
         fuse(graph, module, policy, path, prefix)
         for graph, prefix in zip(graphs, ("training", "evaluation"), strict=True)
     ]
+
+
+class _Buffers:
+    """The buffers of a module as they are before it is traced.
+
+    A forward that changes one, such as a counter, does so while it is traced, and the graph would
+    never do it again.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.before = [
+            (m, name, buffer, buffer._version, buffer.clone())
+            for m in module.modules()
+            for name, buffer in m._buffers.items()
+            if buffer is not None
+        ]
+
+    def restored(self) -> bool:
+        """Give the buffers their values back; return whether any had changed."""
+        changed = False
+        for module, name, buffer, version, value in self.before:
+            if module._buffers.get(name) is not buffer or buffer._version != version:
+                changed = True
+                module._buffers[name] = buffer
+                with torch.no_grad():
+                    buffer.copy_(value)
+        return changed
 
 
 def _install(module: nn.Module, policy: str, fused: list[Fused]) -> None:

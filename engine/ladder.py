@@ -184,6 +184,10 @@ class Ladder:
             name = names[id(note.pass_.program)]
             if note.what == "forward done" and name not in costs:
                 costs[name] = self._costs(note.pass_)
+            if note.what == "backward":
+                outputs = note.pass_.program.outputs
+                given = {outputs[number]: size for number, size in note.given.items()}
+                costs[name] = replace(costs[name], given=given)
         events = _events(notes, names, costs, whole, report)
         return _Reading(model, costs, events)
 
@@ -234,7 +238,7 @@ class _Note(NamedTuple):
     what: str
     now: int
     samples: int
-    given: tuple[int, ...]  # the numbers of the outputs whose gradients are there
+    given: dict[int, int]  # the bytes of the outputs' gradients that are there, by number
 
 
 @contextmanager
@@ -245,7 +249,7 @@ def _following() -> Iterator[list[_Note]]:
     def follow(pass_: segment.Pass, what: str) -> None:
         stack = _get_current_dispatch_mode_stack()
         live = next(mode for mode in stack if isinstance(mode, LiveBytes))
-        given = tuple(pass_.gradients)
+        given = {n: g.untyped_storage().nbytes() for n, g in pass_.gradients.items()}
         notes.append(_Note(pass_, what, live.now, len(live.timeline), given))
 
     segment.followers.append(follow)
@@ -285,9 +289,7 @@ def _events(
         elif note.what == "forward done":
             holding.append(name)
         elif note.what == "backward":
-            program = note.pass_.program
-            given = sum(costs[name].bytes[program.outputs[number]] for number in note.given)
-            base = note.now - held() - given
+            base = note.now - held() - sum(note.given.values())
             events.append(_Event("backward", name, base, tuple(holding)))
         else:
             holding.remove(name)

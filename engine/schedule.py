@@ -56,6 +56,7 @@ class Costs:
         parameters: the bytes of each parameter's gradient, by number.
         joins: of writes that can be joined, the seconds of the convolution that does them too:
             forward, again and backward.
+        given: the bytes of outputs' gradients as they come, where they are not an image's.
     """
 
     program: Program
@@ -66,6 +67,7 @@ class Costs:
     backward: Sequence[float]
     parameters: Mapping[int, int] = field(default_factory=dict)
     joins: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
+    given: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -89,7 +91,7 @@ class Costs:
                 if number not in writes
             ]
             columns.append(tuple(seconds))
-        return Costs(program, self.needs, self.bytes, *columns, self.parameters)
+        return Costs(program, self.needs, self.bytes, *columns, self.parameters, given=self.given)
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,8 @@ class _Walk:
         for slot in self.asks:
             made_at = self.program.producers.get(slot, -1)
             if made_at < stop and slot in self.program.outputs:
-                self.gradients[slot] = self.storage(self.costs.bytes[slot], False)
+                size = self.costs.given.get(slot, self.costs.bytes[slot])
+                self.gradients[slot] = self.storage(size, False)
         for number in range(stop, len(self.program.steps)):
             for source in self.program.steps[number].sources:
                 for term in source.terms:

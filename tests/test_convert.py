@@ -446,6 +446,29 @@ def test_the_model_itself_is_left_alone_and_shares_its_tensors():
     assert fullres.convert(model, inplace=True) is model
 
 
+@pytest.mark.parametrize("way", ["in place", "anew"])
+def test_a_buffer_that_forward_changes_is_changed_by_running_alone(way, rng):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if way == "in place":
+                self.calls += 1
+            else:
+                self.calls = self.calls + 1
+            return self.layers(x)
+
+    model = Counting().double()
+    ours = fullres.convert(model)
+    assert model.calls == ours.calls == 0
+    ours(planes(rng))
+    assert ours.calls == 1
+    assert any(name == "layers" for name, _, _ in conversions(ours))
+
+
 def test_reverted_it_is_what_it_was(rng):
     model = small("a21")
     ours = fullres.convert(nn.Sequential(model, nn.MaxPool2d(2)))
