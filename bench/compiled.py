@@ -2,8 +2,8 @@
 
 AOTAutograd traces model and loss into one graph of forward and backward on fake tensors, with
 Inductor's decompositions; Inductor's own passes and partitioner split it under a budget. What is
-stored for the backward pass is exact then. Two peaks are counted over the two graphs, in their
-order, a tensor's memory being free after its last reader:
+stored for the backward pass is exact then. Two models of what runs count peaks over the two graphs,
+in their order, a tensor's memory being free after its last reader:
 
     node by node   each operator's result exists, as if the graph ran uncompiled: normalisations
                    are decomposed, so that float32 maps come and go.
@@ -12,11 +12,12 @@ order, a tensor's memory being free after its last reader:
                    an output of the graph; reductions and scattered additions read through them; a
                    kernel writes over an input that it is the last to read.
 
-The second is near what Inductor's code does, which leaves some fusions out where a kernel would
-grow too large, and may reorder kernels, which the model does not. It is mostly the smaller, not
-always: what a fused chain reads lives until the chain's last reader runs. Workspaces and an
-allocator's rounding are not counted, as nowhere in the meter. The partitioner sees tensors of the
-CPU, as there is no other device; it decides by sizes and operators.
+Inductor's code is between the two: it leaves fusions out where a kernel would read too much, and
+may reorder kernels, which neither model does. Mostly the second is the smaller by far; not always,
+as what a fused chain reads lives until the chain's last reader runs. The smaller of the two is
+taken for the step's peak, in favour of torch.compile. Workspaces and an allocator's rounding are
+not counted, as nowhere in the meter. The partitioner sees tensors of the CPU, as there is no other
+device; it decides by sizes and operators.
 """
 
 import operator
@@ -51,7 +52,7 @@ class CompiledStep:
     """Bytes of one step: forward, loss, backward and the optimizer's state."""
 
     stored: int  # made by the forward pass for the backward pass
-    peak: int  # fused
+    peak: int  # by the model in which it is the smaller
     peak_node_by_node: int
 
 
@@ -93,11 +94,11 @@ def compiled_step(
     }
     stored = sum(saved.values())
     peaks = []
-    for fused in (True, False):
+    for fused in (False, True):
         first = _peak(forward, fused, {}, held=_given_keys(forward))
         second = _peak(backward, fused, saved, held=_given_keys(forward))
         peaks.append(base + max(first, second, parameters))
-    return CompiledStep(stored, *peaks)
+    return CompiledStep(stored, min(peaks), peaks[0])
 
 
 def _partitioned(

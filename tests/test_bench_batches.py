@@ -16,7 +16,7 @@ CONFIG = UResNetConfig(
     filters=2, depth=1, level_blocks=1, deepest_blocks=1, deepest_channels=4, final_blocks=1,
     residual=True, planes=2,
 )  # fmt: skip
-METERED = [name for name in batches.PROVIDERS if not name.startswith("torch.compile")]
+METERED = [name for name in batches.PROVIDERS if not name.startswith(("torch.compile", "fullres"))]
 
 
 class TwoLayers(nn.Module):
@@ -93,6 +93,17 @@ def test_a_line_needs_four_batches():
 
     assert batches.largest(use, 7 * 1000 + 5).batch == 1000
     assert asked == {1, 2, 1000, 1001}
+
+
+def test_plans_hold_more_than_eager(tiny):
+    memory = 0.002
+    (ours,) = batches.measure("tiny", "fullres, bf16", IMAGE, [memory])
+    (eager,) = batches.measure("tiny", "eager bf16", IMAGE, [memory])
+    assert not ours["failed"] and ours["batch"] > eager["batch"] > 0
+    assert ours["peak_gib"] <= memory < ours["next_peak_gib"]
+    assert ours["time_ratio"] >= 1 and eager["time_ratio"] is None
+    (none,) = batches.measure("tiny", "fullres, bf16", IMAGE, [1e-5])
+    assert none["batch"] == 0 and none["next_peak_gib"] > 1e-5
 
 
 def test_rows_are_consistent_and_recorded(tiny, tmp_path, capsys):
@@ -200,6 +211,16 @@ def test_peaks_of_two_layers_are_those_counted_by_hand():
     assert step.peak_node_by_node == given + (4 + 6 + 6) * 4 * PIXELS + 4
 
 
+@pytest.mark.parametrize("fused_peak", [10**6, 10**8], ids=["fused", "node by node"])
+def test_of_two_models_the_smaller_peak_counts(monkeypatch, fused_peak):
+    def peak(graph, fused, alive, held):
+        return fused_peak if fused else 10**7
+
+    monkeypatch.setattr(compiled, "_peak", peak)
+    step = two_layers(None)
+    assert step.peak_node_by_node - step.peak == max(0, 10**7 - fused_peak)
+
+
 def test_a_smaller_budget_stores_less(tiny):
     stored = [
         compiled.compiled_step(
@@ -244,6 +265,7 @@ def test_node_by_node_is_what_running_the_graphs_takes(tiny, autocast):
     parameters = sum(t.numel() * 4 for t in given if t.requires_grad)
     step = compiled.compiled_step(*arguments[:4], budget=0.5, autocast=autocast)
     expected = base + 2 * parameters + max(first, second)
+    assert step.peak <= step.peak_node_by_node
     assert step.peak_node_by_node == pytest.approx(expected, rel=0.002)
 
 
