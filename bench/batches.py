@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine import meter
+from ..engine import InfeasibleError, max_batch, meter, plan
 from ..models import resnet50, uresnet
 from ..training.loss import SegmentationLoss
 from .compiled import compiled_step
@@ -73,6 +73,7 @@ class Found(NamedTuple):
     next_peak: int | None  # of one image more; None where it is not known
     stored: int | None = None  # bytes kept for the backward pass, outputs among them
     node_by_node: int | None = None  # the peak if nothing were fused, for torch.compile
+    time_ratio: float | None = None  # of a plan: to the time without a limit, by roofline
 
 
 class Use(NamedTuple):
@@ -181,6 +182,39 @@ def compiled(budget: float) -> Provider:
     return provider
 
 
+def planned(network: Network, image: Sequence[int]) -> Find:
+    """Return what plans find."""
+    with torch.device("meta"):
+        model = network.build()
+
+    class Criterion:
+        """The loss, with labels that are held to the end of the step."""
+
+        labels: Tensor | None = None
+
+        def __call__(self, out: Any) -> Tensor:
+            first = out if isinstance(out, Tensor) else out[0]
+            self.labels = network.labels(len(first), image)
+            return network.loss(out, self.labels)
+
+    def find(memory: int) -> Found:
+        options = {"criterion": Criterion(), "memory": memory, "hardware": "h200"}
+        batch = max_batch(model, image, **options)
+        while True:
+            try:
+                more = plan(model, (batch + 1, *image), **options)
+            except InfeasibleError as error:
+                least = error.least
+                break
+            batch = more.input_shape[0]  # found by a longer search
+        if not batch:
+            return Found(0, None, least)
+        best = plan(model, (batch, *image), **options)
+        return Found(batch, best.peak_bytes, least, best.report.stored, time_ratio=best.time_ratio)
+
+    return find
+
+
 PROVIDERS: dict[str, Provider] = {
     "eager float32": metered(),
     "eager bf16": metered(torch.bfloat16),
@@ -188,6 +222,7 @@ PROVIDERS: dict[str, Provider] = {
     "torch.compile, budget 1.0, bf16": compiled(1.0),
     "torch.compile, budget 0.5, bf16": compiled(0.5),
     "torch.compile, budget 0.1, bf16": compiled(0.1),
+    "fullres, bf16": planned,
 }
 
 
@@ -224,6 +259,7 @@ def measure(
                 "next_peak_gib": _gib(found.next_peak),
                 "stored_gib": _gib(found.stored),
                 "node_by_node_gib": _gib(found.node_by_node),
+                "time_ratio": found.time_ratio,
                 "seconds": round(time.perf_counter() - start, 2),
                 "failed": failed,
             }
