@@ -199,17 +199,20 @@ def planned(network: Network, image: Sequence[int]) -> Find:
 
     def find(memory: int) -> Found:
         options = {"criterion": Criterion(), "memory": memory, "hardware": "h200"}
-        batch = max_batch(model, image, **options)
-        while True:
+        batch, best, least = max_batch(model, image, **options), None, 0
+        while batch and best is None:
             try:
-                more = plan(model, (batch + 1, *image), **options)
+                best = plan(model, (batch, *image), **options)
+            except InfeasibleError as error:  # another search, which need not find as much
+                batch, least = batch - 1, error.least
+        while not least:
+            try:
+                best = plan(model, (batch + 1, *image), **options)
+                batch += 1
             except InfeasibleError as error:
                 least = error.least
-                break
-            batch = more.input_shape[0]  # found by a longer search
-        if not batch:
+        if best is None:
             return Found(0, None, least)
-        best = plan(model, (batch, *image), **options)
         return Found(batch, best.peak_bytes, least, best.report.stored, time_ratio=best.time_ratio)
 
     return find
