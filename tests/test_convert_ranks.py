@@ -89,6 +89,7 @@ def rank(number: int, folder: Path) -> None:
     loss(sharded(x)).backward()
     found["sharded"] = {n: p.grad.full_tensor() for n, p in sharded.named_parameters()}
     torch.save(found, folder / f"{number}.pt")
+    dist.barrier()  # a rank that leaves early can take the other with it
     dist.destroy_process_group()
 
 

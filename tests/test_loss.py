@@ -388,6 +388,7 @@ def rank_main(rank: int, folder: Path):
         metrics.update(logits, labels[own])
         results[name, "metrics"] = metrics.compute()
     torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()  # a rank that leaves early can take the other with it
     dist.destroy_process_group()
 
 
