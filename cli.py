@@ -43,6 +43,19 @@ console = Console()
 EXPECTED = (ValueError, OSError)  # what our own checks raise, with the reason in the message
 
 
+# Options that several commands have
+Model = Annotated[
+    str, typer.Option(help="uresnet, resnet18, resnet34, resnet50, resnet101 or resnet152.")
+]
+Preset = Annotated[str, typer.Option(help="The U-ResNet's preset.")]
+Numbers = Annotated[
+    str, typer.Option(help="The U-ResNet's numbers other than the preset's, as for train.")
+]
+ImageSize = Annotated[str, typer.Option(help="Rows x columns of a plane.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+Precision = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
+
+
 def main() -> None:
     """Run the command line; expected errors end it with one line and exit code 1."""
     try:
@@ -177,7 +190,7 @@ def generate(
     out: Annotated[Path, typer.Argument(help="Event file to write.")],
     events: Annotated[int, typer.Option(help="How many events.", min=1)] = 100,
     seed: Annotated[int, typer.Option(help="Other seeds give other events.", min=0)] = 0,
-    image_size: Annotated[str, typer.Option(help="Rows x columns of a plane.")] = "1280x2048",
+    image_size: ImageSize = "1280x2048",
     neutrino_fraction: Annotated[
         float, typer.Option(help="Share of events with a neutrino.")
     ] = 0.9,
@@ -222,26 +235,22 @@ def display(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Option(help="uresnet, resnet18, resnet34, resnet50, resnet101 or resnet152.")
-    ] = "uresnet",
-    preset: Annotated[str, typer.Option(help="The U-ResNet's preset.")] = "uresnet",
-    network: Annotated[
-        str, typer.Option(help="The U-ResNet's numbers other than the preset's, as for train.")
-    ] = "",
-    image_size: Annotated[str, typer.Option(help="Rows x columns of a plane.")] = "1260x2048",
+    model: Model = "uresnet",
+    preset: Preset = "uresnet",
+    network: Numbers = "",
+    image_size: ImageSize = "1260x2048",
     batch_size: Annotated[
         str, typer.Option(help="Images per forward pass; max: as many as the memory suffices for.")
     ] = "1",
     memory: Annotated[str, typer.Option(help="The budget, such as 40GiB or 512MiB.")] = "40GiB",
-    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    precision: Precision = "bf16",
     hardware: Annotated[
         str | None, typer.Option(help="Card, such as h200; else the one here, or an H200.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum or sgd.")] = "adamw",
     plot: Annotated[Path | None, typer.Option(help="Draw the step's memory into a file.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan, for Plan.load.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how a training step stays within a budget of memory; neither memory nor GPU is needed.
 
@@ -287,16 +296,12 @@ def precompile(
     target: Annotated[
         str, typer.Option(help="Devices to compile for, with commas between.")
     ] = "sm_80,sm_90,gfx942",
-    model: Annotated[
-        str, typer.Option(help="uresnet, resnet18, resnet34, resnet50, resnet101 or resnet152.")
-    ] = "uresnet",
-    preset: Annotated[str, typer.Option(help="The U-ResNet's preset.")] = "uresnet",
-    network: Annotated[
-        str, typer.Option(help="The U-ResNet's numbers other than the preset's, as for train.")
-    ] = "",
-    image_size: Annotated[str, typer.Option(help="Rows x columns of a plane.")] = "1260x2048",
+    model: Model = "uresnet",
+    preset: Preset = "uresnet",
+    network: Numbers = "",
+    image_size: ImageSize = "1260x2048",
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 1,
-    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    precision: Precision = "bf16",
     policy: Annotated[
         str, typer.Option(help="What segments keep: keep, closing or series.")
     ] = "keep",
@@ -309,7 +314,7 @@ def precompile(
     strict: Annotated[
         bool, typer.Option(help="Fail if a variant passes a limit without a stated reason.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compile every kernel of a training step ahead of time; no GPU is needed.
 
@@ -405,9 +410,9 @@ def bench(
     ),
     seconds: Annotated[
         float | None,
-        typer.Option(help="Of kernels: begin no other shape after that long.", min=0),
+        typer.Option(help="Of kernels and batches: begin no other case after that long.", min=0),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run benchmarks, print their tables and record them with machine, versions and commit."""
     names = names or list(BENCHMARKS)
@@ -420,7 +425,7 @@ def bench(
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         typer.echo("\n".join(f"{name}: {value}" for name, value in facts.items()))
         for name in names:
-            options = {"seconds": seconds} if name == "kernels" else {}
+            options = {"seconds": seconds} if name in ("kernels", "batches") else {}
             benchmark = importlib.import_module(f".bench.{name}", __package__)
             rows[name] = benchmark.run(out, **options)
         typer.echo(f"recorded in {out}")

@@ -140,9 +140,7 @@ def _apply(model: nn.Module, plan: "Plan") -> None:
             raise ValueError(
                 f"plan: want one of this network ({plan.model}), got {found} for {part.name!r}"
             )
-        planned = program.changed(
-            dropped=part.dropped, remote=part.remote, again=part.again, offloaded=part.offloaded
-        )
+        planned = program.changed(dropped=part.dropped, remote=part.remote, again=part.again)
         changed[part.name] = planned.joined(part.joined)
     schedule(model, changed)
 

@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 VERSION = 1  # of the file
-_LISTS = ("dropped", "remote", "offloaded", "joined")
+_LISTS = ("dropped", "remote", "joined")  # of numbers, in a segment's plan
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class SegmentPlan:
     dropped: tuple[int, ...]
     remote: tuple[int, ...]
     again: tuple[tuple[int, int], ...]
-    offloaded: tuple[int, ...]
     joined: tuple[int, ...]
     rows: tuple[Row, ...]
 
@@ -176,10 +175,7 @@ class Plan:
             raw["segments"] = tuple(
                 SegmentPlan(
                     **part
-                    | {
-                        name: tuple(part[name])
-                        for name in ("dropped", "remote", "offloaded", "joined")
-                    }
+                    | {name: tuple(part[name]) for name in _LISTS}
                     | {"again": tuple(map(tuple, part["again"]))}
                     | {"rows": tuple(Row(**row) for row in part["rows"])}
                 )
@@ -459,7 +455,7 @@ def _plan_of(
         segments.append(
             SegmentPlan(
                 name, program.signature, program.dropped, program.remote, program.again,
-                program.offloaded, joined, tuple(rows),
+                joined, tuple(rows),
             )
         )  # fmt: skip
     if optimizer is not None and not isinstance(optimizer, str):

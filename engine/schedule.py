@@ -15,7 +15,7 @@ them when backward comes to it. So
 as for chains of layers in Beaumont et al., "Optimal checkpointing for heterogeneous chains" (2019).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -27,7 +27,6 @@ from ..ops.program import (
     Conv,
     Program,
     Source,
-    Stretch,
     cheap,
     closing,
     expanded,
@@ -36,6 +35,7 @@ from ..ops.program import (
     source_asks,
     term_asks,
 )
+from ..ops.walk import Walk
 
 WINDOW = 24  # the most parts of a unit; a longer range is a chain of several
 LEAF = 4  # the most parts of a unit that is held
@@ -134,7 +134,7 @@ def _walk_through(costs: Costs, program: Program) -> "tuple[Outcome, _Walk]":
     flow = walk.peak
     for slot in program.outputs:
         if slot not in schedule.kept:
-            walk.pop(slot)
+            walk.drop(slot)
     held = walk.now
     walk.begin(len(program.steps))
     walk.peak = walk.now
@@ -142,11 +142,10 @@ def _walk_through(costs: Costs, program: Program) -> "tuple[Outcome, _Walk]":
     return Outcome(held, flow, walk.peak, costs.seconds + walk.seconds), walk
 
 
-class _Walk:
+class _Walk(Walk):
     """A pass through a program, with bytes in place of images.
 
     Attributes:
-        values: the slots that are there.
         gradients: slot or (norm,): the storage that its gradient is in.
         storages: bytes, users, and whether it may be added to in place.
     """
@@ -164,14 +163,11 @@ class _Walk:
         asks, reads: as of `Schedule`. since: what steps before it make is there, and weighs
         nothing, but for slots in `gone`, which nobody holds.
         """
-        self.costs, self.program, self.asks, self.reads = costs, costs.program, asks, reads
-        self.of, self.since = costs.needs[self.program.inputs :], since
-        self.gone = gone
-        self.values: set[int] = set()
+        super().__init__(costs.program, reads, set())
+        self.costs, self.asks, self.since, self.gone = costs, asks, since, gone
+        self.of = costs.needs[self.program.inputs :]
         self.gradients: dict[int | tuple[int], int] = {}
         self.storages: dict[int, list] = {}
-        self.fresh: list[int] = []
-        self.asked: Collection[int] = ()
         self.now, self.peak, self.seconds, self.numbers = 0, 0, 0.0, 0
         self.counts = [0] * len(self.program.steps)
         self.graded: set[int] = set()  # parameters that have a gradient
@@ -190,7 +186,7 @@ class _Walk:
             # One that was dropped weighs wherever it is made again.
             self.grow(self.weight(slot))
 
-    def pop(self, slot: int) -> None:
+    def drop(self, slot: int) -> None:
         """Free a slot, if it is there."""
         if slot in self.values:
             self.values.remove(slot)
@@ -209,87 +205,22 @@ class _Walk:
                 self.put(slot)
             for slot in {*read(step), *made(step)}:
                 if self.program.last_reader.get(slot, -1) <= number and slot not in held:
-                    self.pop(slot)
+                    self.drop(slot)
 
-    def value(self, slot: int) -> None:
-        """Make sure that a slot is there."""
+    # What `Walk` asks
+
+    def has(self, slot: int) -> bool:
+        """Whether a slot is there, or outside."""
         if slot < self.program.inputs or slot in self.values:
-            return
-        number = self.program.producers[slot]
-        step = self.program.steps[number]
-        if number < self.since and slot not in self.gone:
-            return  # held by who is outside
-        known = len(self.fresh)
-        for each in read(step):
-            self.value(each)
-        before = {*self.values}
-        for each in made(step):
-            self.put(each)
-        self.count(number)
-        for each in self.fresh[known:]:
-            if each not in self.asked:
-                self.pop(each)
-        self.fresh += self.values - before
+            return True
+        return self.program.producers[slot] < self.since and slot not in self.gone
 
-    def count(self, number: int) -> None:
+    def execute(self, number: int) -> None:
         """Note that a step runs again."""
+        for slot in made(self.program.steps[number]):
+            self.put(slot)
         self.counts[number] += 1
         self.seconds += self.costs.again[number]
-
-    def again(self, stretch: Stretch) -> None:
-        """Run a stretch again."""
-        wanted = [slot for slot in stretch.held if slot not in self.values]
-        steps: set[int] = set()
-        while wanted:
-            number = self.program.producers[wanted.pop()]
-            if number in steps:
-                continue
-            steps.add(number)
-            wanted += [
-                slot
-                for slot in read(self.program.steps[number])
-                if slot not in self.values
-                and stretch.start <= self.program.producers.get(slot, -1) < stretch.stop
-            ]
-        held, order = {*self.values, *stretch.held}, sorted(steps)
-        last = {slot: n for n in order for slot in read(self.program.steps[n])}
-        outer, self.fresh = self.fresh, []
-        for number in order:
-            step = self.program.steps[number]
-            self.asked = {*read(step)}
-            for slot in self.asked:
-                self.value(slot)
-            before = {*self.values}
-            for slot in made(step):
-                self.put(slot)
-            self.count(number)
-            self.fresh += self.values - before
-            for slot in self.fresh:
-                if slot not in held and last.get(slot, -1) <= number:
-                    self.pop(slot)
-        self.fresh = outer
-
-    def steps(self, start: int, stop: int, inner: Sequence[Stretch]) -> None:
-        """Go backward through steps."""
-        stretches = {stretch.stop: stretch for stretch in inner}
-        own = set(range(start, stop)).difference(*(range(s.start, s.stop) for s in inner))
-        readers: dict[int, int] = {}
-        for number in sorted(own, reverse=True):
-            readers |= dict.fromkeys(self.reads[number], number)
-        number = stop
-        while number > start:
-            if number in stretches:
-                stretch = stretches[number]
-                self.again(stretch)
-                self.steps(stretch.start, stretch.stop, stretch.inner)
-                number = stretch.start
-                continue
-            number -= 1
-            self.step(number)
-            kept = [slot for slot in self.fresh if readers.get(slot, number) < number]
-            for slot in {*self.fresh} - {*kept}:
-                self.pop(slot)
-            self.fresh = kept
 
     # Gradients
 
@@ -349,7 +280,7 @@ class _Walk:
         parts = []
         for number in self.program.norms_of.get(slot, ()):
             if (number,) in self.gradients:
-                self.value(slot)
+                self.ensure(slot)
                 parts.append(self.gradients.pop((number,)))
         if slot not in self.asks:
             for each in (plain, *parts):
@@ -382,9 +313,9 @@ class _Walk:
         self.free(storage)
         return dy
 
-    def step(self, number: int) -> None:
+    def take(self, number: int) -> None:
         """Go backward through one step."""
-        step, self.asked = self.program.steps[number], self.reads[number]
+        step = self.program.steps[number]
         if isinstance(step, Conv):
             self.convolution(step)
         elif isinstance(step, Call):
@@ -393,8 +324,6 @@ class _Walk:
             dz = self.image_gradient(step.out)
             if dz is not None:
                 self.through(step.source, dz)
-        for slot in made(step):
-            self.pop(slot)
 
     def convolution(self, step: Conv) -> None:
         """Go backward through a convolution."""
@@ -409,7 +338,7 @@ class _Walk:
             asks = source_asks(self.program, source, self.asks, self.of)
             if wants_weight or (asks and not source.linear):
                 for term in source.terms:
-                    self.value(term.slot)
+                    self.ensure(term.slot)
             gradient = None
             if wants_weight and number == last:
                 self.parameter(step.weight)
@@ -439,7 +368,7 @@ class _Walk:
             return
         if not step.linear:
             for slot in step.slots:
-                self.value(slot)
+                self.ensure(slot)
         out = self.storage(self.costs.bytes[step.out], True)
         found = [
             (slot, self.storage(self.costs.bytes[slot], False))
@@ -464,7 +393,7 @@ class _Walk:
                 self.add(term.slot, dz)
             return None
         for term in source.terms:
-            self.value(term.slot)
+            self.ensure(term.slot)
         g = self.storage(self.costs.bytes[source.x.slot], True)
         self.free(dz)
         return self.spread(source, g)
@@ -558,7 +487,7 @@ def frontier(
                     found[program, joined] = way_of(costs, program, joined)
         return min((way.outcome.most for way in found.values()), default=limit)
 
-    plain = search.program.changed(dropped=(), remote=(), again=(), offloaded=())
+    plain = search.program.changed(dropped=(), remote=(), again=())
     for joined in (_uncut(costs, plain), ()):
         found[plain, joined] = way_of(costs, plain, joined)
     limit = max(1, *(way.outcome.most for way in found.values()))
@@ -617,7 +546,7 @@ class _Search:
     ):
         self.costs, self.program, self.weights = costs, costs.program, costs.bytes
         self.window, self.grid, self.unit = window, 1, 1
-        plain = self.program.changed(dropped=(), remote=(), again=(), offloaded=())
+        plain = self.program.changed(dropped=(), remote=(), again=())
         schedule = plain.schedule(costs.needs)
         self.asks, self.reads = schedule.asks, schedule.reads
         self.remote = remote.difference(self.program.outputs)
@@ -847,7 +776,6 @@ class _Search:
             dropped=tuple(sorted(dropped)),
             remote=tuple(sorted(self.remote)),
             again=tuple(sorted(again)),
-            offloaded=(),
         )
 
 

@@ -144,7 +144,6 @@ class Program:
         remote: slots that no other than a stretch that makes them holds.
         again: stretches of steps (start, stop), which may nest but not overlap otherwise. Backward
             comes to a stretch from behind, runs it again, and goes through it.
-        offloaded: slots that wait for backward in host memory.
         text: the program as JSON, from which `parsed` makes it again; none where it has calls.
         norms_of: the numbers of each slot's norms.
         producers: the number of the step that makes each slot but the inputs.
@@ -161,7 +160,6 @@ class Program:
     dropped: tuple[int, ...] = ()
     remote: tuple[int, ...] = ()
     again: tuple[tuple[int, int], ...] = ()
-    offloaded: tuple[int, ...] = ()
     _schedules: dict[tuple[bool, ...], "Schedule"] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -212,7 +210,7 @@ class Program:
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def changed(self, **changes: Any) -> "Program":
-        """Return the program with other `dropped`, `remote`, `again` or `offloaded`."""
+        """Return the program with other `dropped`, `remote` or `again`."""
         return replace(self, **changes, _schedules={})
 
     def joinable(self) -> frozenset[int]:
@@ -268,7 +266,7 @@ class Program:
         return self._schedules[key]
 
 
-_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "remote", "again", "offloaded")
+_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "remote", "again")
 
 
 @cache
@@ -290,7 +288,7 @@ def parsed(text: str) -> Program:
     raw["steps"] = tuple(step(s, kind) for s, kind in zip(raw["steps"], kinds, strict=True))
     raw["norms"] = tuple(Norm(**n) for n in raw["norms"])
     raw["again"] = tuple(tuple(stretch) for stretch in raw["again"])
-    lists = ("outputs", "names", "dropped", "remote", "offloaded")
+    lists = ("outputs", "names", "dropped", "remote")
     return Program(**raw | {name: tuple(raw[name]) for name in lists})
 
 

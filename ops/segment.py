@@ -9,7 +9,7 @@ The outputs' gradients do not come to the segment's own node, which would hold a
 its last step is done, but to nodes of their own, which lay each where its step takes it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -37,7 +37,6 @@ from .program import (
     Program,
     Source,
     Step,
-    Stretch,
     Term,
     made,
     parsed,
@@ -46,6 +45,7 @@ from .program import (
     term_asks,
     watchers,
 )
+from .walk import Walk
 
 
 def run(
@@ -516,27 +516,25 @@ def _backward(
     return [g if need else None for g, need in zip(found, pass_.needs, strict=True)]
 
 
-class _Backward:
-    """The backward pass of one program, step by step from the last.
+class _Backward(Walk):
+    """The backward pass of one program, with images.
 
     Attributes:
-        values: slots that are kept or were made again.
         gradients: of slots as they are, and whether the tensor is ours to change; a norm's
             gradients are in norm_gradients, (g, sums).
         parameter_gradients: of parameters, by number.
     """
 
     def __init__(self, pass_, outputs, values, norms, parameters):
-        self.pass_, self.program, self.sizes = pass_, pass_.program, pass_.sizes
-        self.outputs, self.values, self.norms, self.parameters = outputs, values, norms, parameters
-        self.schedule = self.program.schedule(pass_.needs)
+        self.schedule = pass_.program.schedule(pass_.needs)
+        super().__init__(pass_.program, self.schedule.reads, values)
+        self.pass_, self.sizes = pass_, pass_.sizes
+        self.outputs, self.norms, self.parameters = outputs, norms, parameters
         self.asks, self.of = self.schedule.asks, pass_.needs[self.program.inputs :]
         self.numbers = {slot: number for number, slot in enumerate(self.program.outputs)}
         self.gradients: dict[int, tuple[Tensor, bool]] = {}
         self.norm_gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self.parameter_gradients: dict[int, Tensor] = {}
-        self.fresh: list[int] = []  # slots that were made again when they were asked for
-        self.asked: Collection[int] = ()  # what the step under way reads
 
     def add(self, slot: int, gradient: Tensor, own: bool) -> None:
         """Add to the gradient of a slot, if anybody asks.
@@ -564,81 +562,26 @@ class _Backward:
             known = self.parameter_gradients.get(number)
             self.parameter_gradients[number] = gradient if known is None else known + gradient
 
-    # Values
+    # What `Walk` asks
+
+    def execute(self, number: int) -> None:
+        """Run a step again."""
+        with _running(self.program, number):
+            step = self.program.steps[number]
+            _execute(self.pass_, step, self.values, self.norms, self.parameters, False)
+
+    def drop(self, slot: int) -> None:
+        """Let a slot go."""
+        self.values.pop(slot, None)
 
     def value(self, slot: int) -> Tensor:
         """Return a slot, made again where it is not held."""
-        if slot not in self.values:
-            step = self.program.steps[self.program.producers[slot]]
-            known = len(self.fresh)
-            for each in read(step):
-                self.value(each)
-            before = {*self.values}
-            _execute(self.pass_, step, self.values, self.norms, self.parameters, False)
-            for each in self.fresh[known:]:  # only needed to make this one
-                if each not in self.asked:
-                    self.values.pop(each, None)
-            self.fresh += [each for each in self.values if each not in before]
+        self.ensure(slot)
         return self.values[slot]
 
-    def again(self, stretch: Stretch) -> None:
-        """Run a stretch again, so that what its backward reads is there."""
-        wanted = [slot for slot in stretch.held if slot not in self.values]
-        steps: set[int] = set()
-        while wanted:
-            number = self.program.producers[wanted.pop()]
-            if number in steps:
-                continue
-            steps.add(number)
-            wanted += [
-                slot
-                for slot in read(self.program.steps[number])
-                if slot not in self.values
-                and stretch.start <= self.program.producers[slot] < stretch.stop
-            ]
-        held, order = {*self.values, *stretch.held}, sorted(steps)
-        last = {slot: n for n in order for slot in read(self.program.steps[n])}
-        outer, self.fresh = self.fresh, []
-        for number in order:
-            step = self.program.steps[number]
-            self.asked = {*read(step)}
-            with _running(self.program, number):
-                for slot in self.asked:
-                    self.value(slot)
-                before = {*self.values}
-                _execute(self.pass_, step, self.values, self.norms, self.parameters, False)
-                self.fresh += [slot for slot in self.values if slot not in before]
-            for slot in self.fresh:
-                if slot not in held and last.get(slot, -1) <= number:
-                    self.values.pop(slot, None)
-        self.fresh = outer
-
-    def steps(self, start: int, stop: int, inner: Sequence[Stretch]) -> None:
-        """Take the gradients of what these steps make to what they read."""
-        stretches = {stretch.stop: stretch for stretch in inner}
-        own = set(range(start, stop)).difference(*(range(s.start, s.stop) for s in inner))
-        readers: dict[int, int] = {}  # the step at which a slot is read for the last time
-        for number in sorted(own, reverse=True):
-            readers |= dict.fromkeys(self.schedule.reads[number], number)
-        number = stop
-        while number > start:
-            if number in stretches:
-                stretch = stretches[number]
-                self.again(stretch)
-                self.steps(stretch.start, stretch.stop, stretch.inner)
-                number = stretch.start
-                continue
-            number -= 1
-            self.step(number)
-            # What was made again for this step goes, unless an earlier one here reads it too.
-            kept = [slot for slot in self.fresh if readers.get(slot, number) < number]
-            for slot in {*self.fresh} - {*kept}:
-                self.values.pop(slot, None)
-            self.fresh = kept
-
-    def step(self, number: int) -> None:
+    def take(self, number: int) -> None:
         """Take the gradient of what a step makes to what it reads."""
-        step, self.asked = self.program.steps[number], self.schedule.reads[number]
+        step = self.program.steps[number]
         with _running(self.program, number):
             if isinstance(step, Conv):
                 self.convolution(step)
@@ -648,8 +591,6 @@ class _Backward:
                 dz = self.image_gradient(step.out)
                 if dz is not None:
                     self.through(step.source, dz)
-        for slot in made(step):  # nobody before it reads what it made
-            self.values.pop(slot, None)
 
     # Gradients
 
@@ -876,8 +817,7 @@ class _Operator(torch.autograd.Function):
         return (None,) * 5 + tuple(results)
 
 
-@torch.library.custom_op("fullres::segment_forward", mutates_args=())
-def _forward_operator(
+def _forward_listed(
     text: str,
     tensors: Sequence[Tensor | None],
     batch: Sequence[bool],
@@ -890,40 +830,9 @@ def _forward_operator(
 
     That is all norms, and the slots of `kept`.
     """
-    return _forward_listed(text, tensors, batch, eps, groups, kept, saving)
-
-
-def _forward_listed(
-    text: str,
-    tensors: Sequence[Tensor | None],
-    batch: Sequence[bool],
-    eps: Sequence[float],
-    groups: str,
-    kept: Sequence[int],
-    saving: bool,
-) -> list[Tensor]:
     pass_ = Pass(parsed(text), batch, eps, groups.split(","), ())
     made = pass_.forward(tensors, kept)
     return [*made.outputs, *made.moments, *(made.norms + made.kept if saving else ())]
-
-
-@torch.library.custom_op("fullres::segment_backward", mutates_args=())
-def _backward_operator(
-    text: str,
-    gradients: Sequence[Tensor | None],
-    slots: Sequence[Tensor],
-    kept: Sequence[int],
-    norms: Sequence[Tensor],
-    parameters: Sequence[Tensor | None],
-    sizes: Sequence[int],
-    batch: Sequence[bool],
-    groups: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Return a gradient for each input and parameter that asks; without elements if none flows."""
-    return _backward_listed(
-        text, gradients, slots, kept, norms, parameters, sizes, batch, groups, needs
-    )
 
 
 def _backward_listed(
@@ -938,13 +847,14 @@ def _backward_listed(
     groups: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    """Return a gradient for each input and parameter that asks; without elements if none flows."""
     program = parsed(text)
     inputs = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
     pass_ = Pass(program, batch, (), groups.split(","), needs)
     pass_.sizes = slot_sizes(program, inputs, [None if p is None else p.shape for p in parameters])
     given = {number: g for number, g in enumerate(gradients) if g is not None}
+    like = norms[0] if norms else slots[0] if slots else next(iter(given.values()))
     found = _backward(pass_, given, dict(zip(kept, slots, strict=True)), norms, parameters)
-    like = norms[0] if norms else slots[0] if slots else next(iter(gradients))
     return [
         like.new_empty(0) if gradient is None else gradient
         for gradient, need in zip(found, needs, strict=True)
@@ -977,5 +887,11 @@ def slot_sizes(
     return sizes
 
 
+_forward_operator = torch.library.custom_op(
+    "fullres::segment_forward", _forward_listed, mutates_args=()
+)
+_backward_operator = torch.library.custom_op(
+    "fullres::segment_backward", _backward_listed, mutates_args=()
+)
 _forward_operator.register_fake(_forward_listed)
 _backward_operator.register_fake(_backward_listed)

@@ -31,6 +31,21 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20_260_101)
 
 
+@pytest.fixture
+def fullres(monkeypatch, capsys):
+    """Run the command line here; return exit code, standard output and standard error."""
+    from fullres import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fullres", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def real_events() -> Path:
     """Three simulated SBND events, where a checkout has them beside it."""

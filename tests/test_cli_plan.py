@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -13,20 +12,6 @@ from fullres.training.loss import SegmentationLoss
 
 TINY = "filters=2,depth=2,level_blocks=1,deepest_blocks=1,deepest_channels=8,deepest_kernel=3"
 NETWORK = ("--preset", "a21", "--network", TINY, "--image-size", "32x48")
-
-
-@pytest.fixture
-def fullres(monkeypatch, capsys):
-    """Run the command line here; return exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fullres", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return run
 
 
 def test_plan_prints_its_table_and_writes_files(fullres, tmp_path):

@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 import triton
 
-from fullres import cli
 from fullres.bench import kernels, memory
 from fullres.engine import precompile
 from fullres.kernels import aot
@@ -23,20 +22,6 @@ ROW = {
 }  # fmt: skip
 SPILLS = {**ROW, "variant": "C=64", "excess": "spill_bytes 96"}
 EXCUSED = {**SPILLS, "variant": "C=32", "excuse": "rarely used values"}
-
-
-@pytest.fixture
-def fullres(monkeypatch, capsys):
-    """Run the command line here; return exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fullres", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -106,6 +106,17 @@ def test_workers_read_the_same_events_as_the_process_itself(tmp_path):
 # Resuming
 
 
+@pytest.mark.parametrize("validate", [{}, {"val_split": 0.4}], ids=["plain", "validated"])
+def test_a_run_that_had_ended_goes_on_for_more_steps(tmp_path, validate):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(TrainConfig(**options(whole, **validate, steps=4)))
+    assert train(TrainConfig(**options(parts, **validate, steps=2))).steps == 2
+    assert train(TrainConfig(**options(parts, **validate, steps=4)), "auto").steps == 4
+    assert curve(parts) == curve(whole)
+    assert_same_weights(parts / "last.ckpt", whole / "last.ckpt")
+    assert train(TrainConfig(**options(parts, **validate, steps=4)), "auto").steps == 4
+
+
 @pytest.mark.parametrize("stop", [3, 4], ids=["between validations", "at a validation"])
 def test_resumed_run_takes_the_same_steps(whole_run, tmp_path, stop, monkeypatch):
     settings = options(tmp_path, flip=True, accumulate=2, val_split=0.4, validate_every=2)

@@ -18,10 +18,26 @@ def read_curves(run: str | Path) -> dict[str, dict[int, float]]:
     folder = Path(run) / FOLDER
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no curves of a run")
-    logged = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    logged.Reload()
-    names = [name for name in logged.Tags()["scalars"] if "/" in name]
-    return {name: {p.step: p.value for p in logged.Scalars(name)} for name in names}
+    curves: dict[str, dict[int, float]] = {}
+    for file in sorted(folder.glob("events.out.tfevents.*"), key=_age):
+        logged = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        logged.Reload()
+        for name in logged.Tags()["scalars"]:
+            points = {p.step: p.value for p in logged.Scalars(name)}
+            if "/" in name and points:
+                first = min(points)  # what a run logged beyond the checkpoint that it went on from
+                before = {k: v for k, v in curves.get(name, {}).items() if k < first}
+                curves[name] = before | points
+    return curves
+
+
+def _age(file: Path) -> tuple[int, int]:
+    """Return when a file of events was begun, in seconds, and its number in its process.
+
+    By their names alone the tenth file of a second would come before the ninth.
+    """
+    parts = file.name.split(".")
+    return int(parts[3]), int(parts[-1])
 
 
 def draw_curves(run: str | Path) -> Path:

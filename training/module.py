@@ -143,6 +143,11 @@ class SegmentationModule(LightningModule):
         """Add the configuration, so that a checkpoint alone tells what it holds."""
         checkpoint["config"] = self.config.as_dict()
 
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Let a run that had ended go on, where it is given more steps."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = False
+
     def state_dict(self, *args, **kwargs) -> dict:
         """Return the network's own state_dict: a checkpoint's weights are usable without us."""
         return self.model.state_dict(*args, **kwargs)
