@@ -123,6 +123,15 @@ def test_an_impossible_budget_names_one_that_suffices():
     assert e.value.least <= planned.memory < 1.02 * e.value.least
 
 
+def test_what_is_named_suffices_where_sums_say_more():
+    ladder = Ladder(small("a21"), SHAPE, None, torch.float32, None, torch.optim.AdamW)
+    ladder.rungs = [dataclasses.replace(rung, peak=2 * rung.peak) for rung in ladder.rungs]
+    assert ladder.within(1) is None
+    least = ladder.least().peak
+    ladder.rungs = [dataclasses.replace(r, peak=2 * least, report=None) for r in ladder.rungs]
+    assert ladder.within(least).peak == least
+
+
 def test_a_reserve_is_left_free():
     model = small("a21")
     least = least_of(model)

@@ -15,7 +15,7 @@ import fullres
 from fullres.engine import schedule as scheduling
 from fullres.engine.convert import convert_whole, programs, schedule
 from fullres.engine.ladder import Ladder
-from fullres.engine.schedule import Costs, cheap, closing, frontier, simulate, way_of
+from fullres.engine.schedule import Costs, cheap, closing, frontier, simulate, walked, way_of
 from fullres.models import PRESETS
 from fullres.models.resnet import BasicBlock
 from fullres.ops.program import Conv, Program, Source, Term, Write
@@ -105,6 +105,18 @@ class Metered(Ladder):
         """The metered peak of a step under these schedules."""
         schedule(self._reading.model, changed)
         return self._meter(self._reading.model, self.shape).peak
+
+
+@pytest.mark.parametrize("preset", ["uresnet", "a21"])
+def test_a_stretch_runs_each_step_once(preset):
+    costs = Ladder(unet(preset), (2, 3, 16, 24), None, torch.float32, None, None).costs[
+        ":segment_0"
+    ]
+    stop = len(costs.program.steps)
+    whole = walked(costs, costs.program.changed(again=((0, stop),)))
+    assert set(whole) == {0, 1}
+    inner = walked(costs, costs.program.changed(again=((0, stop), (0, stop // 2))))
+    assert set(inner[: stop // 2]) == {1, 2} and set(inner[stop // 2 :]) <= {0, 1}
 
 
 def loss_of(out) -> torch.Tensor:
