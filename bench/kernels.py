@@ -27,7 +27,7 @@ from ..ops import dispatch
 from .case import Case, Results, wrong
 from .layers import H200, Layer, collect
 from .providers import dispatched, providers
-from .record import environment, save, table
+from .record import resumed, save, table
 from .roofline import draw
 
 BATCH = 8
@@ -166,7 +166,7 @@ def _measure(layers: dict[Layer, Counter], out: Path, seconds: float | None) -> 
         f"Measured: copy {rates.copy / 1e12:.2f} TB/s, product {rates.product / 1e12:.0f} TFLOP/s"
     )
     dispatch_table = out / dispatch.table_name(rates.name)
-    rows = _kept(out)
+    rows = resumed("kernels", out)
 
     def decide(fresh: list[dict]) -> Path:
         dispatch.write_table(dispatch_table, table_times([*rows, *fresh], layers))
@@ -310,16 +310,6 @@ def _shown(row: dict) -> dict:
 def _summary(rows: list[dict]) -> list[dict]:
     names = ("layer", "ms", "roof_ms", "of_roof", "peak_mib", "over_eager", "over_compile")
     return [{k: row[k] for k in names} for row in rows if row["provider"] == "fullres"]
-
-
-def _kept(out: Path) -> list[dict]:
-    """Return the rows of an earlier run into the same folder, of the same commit and machine."""
-    path, here = out / "kernels.json", environment()
-    if not path.exists() or "+changes" in here["commit"]:
-        return []
-    saved = json.loads(path.read_text())
-    same = {k: v for k, v in saved["environment"].items() if k != "command"}
-    return saved["rows"] if same == {k: v for k, v in here.items() if k != "command"} else []
 
 
 def _batch(layer: Layer) -> int:

@@ -1,18 +1,28 @@
 """How every benchmark records itself: the machine it ran on, its rows, and a table for people."""
 
+import contextlib
 import csv
+import datetime
+import functools
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
+# What may differ between two runs of which the second goes on with the first one's results.
+INCIDENTAL = {"command", "date"}
+OF_NO_CARD = {"processor", "threads"}  # beside a card they are incidental too
 
+
+@functools.cache  # a run saves often, and is of the commit and driver that it began with
 def _output(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -37,12 +47,17 @@ def _version(distribution: str) -> str:
         return "absent"
 
 
+def _commit() -> str:
+    root = str(Path(__file__).resolve().parents[1])
+    git = "git", "-c", "safe.directory=*", "-C", root  # a copy may belong to another user
+    commit = _output(*git, "rev-parse", "--short", "HEAD") or "unknown"
+    if commit != "unknown" and _output(*git, "status", "--porcelain", "-uno"):
+        commit += "+changes"
+    return commit
+
+
 def environment() -> dict[str, str | int]:
     """Return what a number depends on: card, driver, processor, versions, commit and command."""
-    root = str(Path(__file__).resolve().parents[1])
-    commit = _output("git", "-C", root, "rev-parse", "--short", "HEAD") or "unknown"
-    if commit != "unknown" and _output("git", "-C", root, "status", "--porcelain", "-uno"):
-        commit += "+changes"
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -51,8 +66,9 @@ def environment() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "numpy", "h5py", "fullres")},
-        "commit": commit,
+        "commit": _commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -77,9 +93,37 @@ def save(name: str, rows: Sequence[dict], folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": list(rows)}, indent=1) + "\n")
-    with open(folder / f"{name}.csv", "w", newline="") as file:
+    saved = {"environment": environment(), "rows": list(rows)}
+    with _replacing(path) as file:
+        file.write(json.dumps(saved, indent=1) + "\n")
+    with _replacing(folder / f"{name}.csv") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """Open a file that takes path's place once it is whole: who saves may be killed meanwhile."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "w", newline="") as file:
+        yield file
+    os.replace(part, path)
+
+
+def resumed(name: str, folder: Path) -> list[dict]:
+    """Return the rows of folder/name.json that a run here may keep, else an empty list.
+
+    They are those of the same commit, without changes, the same card, driver and versions; without
+    a card also of the same processor and threads.
+    """
+    try:
+        saved = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return []
+    here = environment()
+    incidental = INCIDENTAL | (OF_NO_CARD if here["card"] != "none" else set())
+    there = saved["environment"]
+    same = all(there.get(k) == v for k, v in here.items() if k not in incidental)
+    return saved["rows"] if same and "+changes" not in str(here["commit"]) else []

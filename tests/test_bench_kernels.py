@@ -252,7 +252,7 @@ def card(monkeypatch):
     layers = {TINY[name]: Counter(net=1) for name in ("3x3", "first", "last")}
     for name, value in {
         "_figures": figures, "_batch": lambda layer: 2, "_target": lambda: None, "DEVICE": "cpu",
-        "_rates": lambda: H200, "environment": lambda: facts,
+        "_rates": lambda: H200,
     }.items():  # fmt: skip
         monkeypatch.setattr(kernels, name, value)
     monkeypatch.setattr(record, "environment", lambda: facts)
