@@ -4,6 +4,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +18,9 @@ from typing import TextIO
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = {".venv", "build", "__pycache__"}  # where there are no sources of ours
+NOT_BEGUN = "not begun in the seconds allowed"  # in the column `failed` of what the next run does
 # What may differ between two runs of which the second goes on with the first one's results.
 INCIDENTAL = {"command", "date"}
 OF_NO_CARD = {"processor", "threads"}  # beside a card they are incidental too
@@ -47,13 +51,17 @@ def _version(distribution: str) -> str:
         return "absent"
 
 
+@functools.cache
 def _commit() -> str:
-    root = str(Path(__file__).resolve().parents[1])
-    git = "git", "-c", "safe.directory=*", "-C", root  # a copy may belong to another user
-    commit = _output(*git, "rev-parse", "--short", "HEAD") or "unknown"
-    if commit != "unknown" and _output(*git, "status", "--porcelain", "-uno"):
-        commit += "+changes"
-    return commit
+    # A copy may belong to another user, and not have all modes.
+    git = "git", "-c", "safe.directory=*", "-c", "core.fileMode=false", "-C", str(ROOT)
+    if commit := _output(*git, "rev-parse", "--short", "HEAD"):
+        changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+        return f"{commit}+changes" if changed else commit
+    found = hashlib.sha256()
+    for path in sorted(p for p in ROOT.rglob("*.py") if not HIDDEN & {*p.relative_to(ROOT).parts}):
+        found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return f"files-{found.hexdigest()[:8]}"  # a copy without git
 
 
 def environment() -> dict[str, str | int]:
