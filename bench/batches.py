@@ -13,56 +13,20 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..engine import InfeasibleError, max_batch, meter, plan
-from ..models import resnet50, uresnet
-from ..training.loss import SegmentationLoss
 from .compiled import compiled_step
 from .memory import checkpoint_blocks
 from .record import save, table
+from .steps import GIB, IMAGE, NETWORKS, HeldLabels, Network
 
-IMAGE = (3, 1260, 2048)
 MEMORIES = (16, 24, 40, 80, 141)  # GiB
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network and what it is trained with."""
-
-    build: Callable[[], nn.Module]
-    labels: Callable[[int, Sequence[int]], Tensor]  # from the batch and the image's size
-    loss: Callable[[Any, Tensor], Tensor]  # from output and labels
-
-
-def pixel_labels(batch: int, image: Sequence[int]) -> Tensor:
-    """Return a class for each pixel of each plane, as the trainer has them."""
-    return torch.zeros(batch, *image, dtype=torch.uint8)
-
-
-def image_labels(batch: int, image: Sequence[int]) -> Tensor:
-    """Return a class for each image."""
-    return torch.zeros(batch, dtype=torch.int64)
-
-
-def pixel_loss(out: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return the trainer's loss."""
-    return SegmentationLoss("focal")(out, labels)
-
-
-NETWORKS = {
-    "uresnet": Network(lambda: uresnet("uresnet"), pixel_labels, pixel_loss),
-    "a21": Network(lambda: uresnet("a21"), pixel_labels, pixel_loss),
-    "resnet50": Network(resnet50, image_labels, F.cross_entropy),
-}
 
 
 class Found(NamedTuple):
@@ -187,18 +151,8 @@ def planned(network: Network, image: Sequence[int]) -> Find:
     with torch.device("meta"):
         model = network.build()
 
-    class Criterion:
-        """The loss, with labels that are held to the end of the step."""
-
-        labels: Tensor | None = None
-
-        def __call__(self, out: Any) -> Tensor:
-            first = out if isinstance(out, Tensor) else out[0]
-            self.labels = network.labels(len(first), image)
-            return network.loss(out, self.labels)
-
     def find(memory: int) -> Found:
-        options = {"criterion": Criterion(), "memory": memory, "hardware": "h200"}
+        options = {"criterion": HeldLabels(network, image), "memory": memory, "hardware": "h200"}
         batch, best, least = max_batch(model, image, **options), None, 0
         while batch and best is None:
             try:

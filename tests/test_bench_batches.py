@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fullres.bench import batches, compiled
+from fullres.bench import batches, compiled, steps
 from fullres.engine.meter import LiveBytes
 from fullres.models import UResNetConfig, uresnet
 
@@ -33,12 +33,12 @@ def squares(out, labels):
     return out.float().square().sum() * labels.sum()
 
 
-TWO_LAYERS = batches.Network(TwoLayers, batches.image_labels, squares)
+TWO_LAYERS = steps.Network(TwoLayers, steps.image_labels, squares)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    network = batches.Network(lambda: uresnet(CONFIG), batches.pixel_labels, batches.pixel_loss)
+    network = steps.Network(lambda: uresnet(CONFIG), steps.pixel_labels, steps.pixel_loss)
     monkeypatch.setattr(batches, "NETWORKS", {"tiny": network})
     return network
 
@@ -157,9 +157,7 @@ def test_what_time_does_not_allow_is_said(tiny, tmp_path):
 
 def test_labels_count_from_the_first_operator_to_the_last(tiny):
     """Held as by a training loop: a byte more a label is a byte more of the peak."""
-    wide = batches.Network(
-        tiny.build, lambda n, image: batches.pixel_labels(n, image).int(), tiny.loss
-    )
+    wide = steps.Network(tiny.build, lambda n, image: steps.pixel_labels(n, image).int(), tiny.loss)
     peak, wider = (
         batches.PROVIDERS["checkpoint each block, bf16"](each, IMAGE)(1).next_peak
         for each in (tiny, wide)
@@ -169,7 +167,7 @@ def test_labels_count_from_the_first_operator_to_the_last(tiny):
 
 def test_an_output_that_the_loss_has_read_does_not_count():
     """Of two layers at relu's backward: the map after it, its gradient, and that before it."""
-    network = batches.Network(TwoLayers, batches.image_labels, lambda out, labels: out.sum())
+    network = steps.Network(TwoLayers, steps.image_labels, lambda out, labels: out.sum())
     peak = batches.PROVIDERS["eager float32"](network, (1, 20, 30))(1).next_peak
     given = 3 * 4 * sum(WEIGHTS) + 2 * 4 + 4 * 20 * 30 + 8  # also the optimizer's counts of steps
     loss_and_its_gradient = 2 * 4
@@ -186,7 +184,7 @@ def two_layers(autocast):
     return compiled.compiled_step(
         TwoLayers().to("meta"),
         (2, 1, 20, 30),
-        lambda: batches.image_labels(2, ()),
+        lambda: steps.image_labels(2, ()),
         squares,
         autocast=autocast,
     )
@@ -226,7 +224,7 @@ def test_a_smaller_budget_stores_less(tiny):
         compiled.compiled_step(
             tiny.build().to("meta"),
             (1, *IMAGE),
-            lambda: batches.pixel_labels(1, IMAGE),
+            lambda: steps.pixel_labels(1, IMAGE),
             tiny.loss,
             budget=budget,
         ).stored
@@ -239,7 +237,7 @@ def test_a_smaller_budget_stores_less(tiny):
 def test_node_by_node_is_what_running_the_graphs_takes(tiny, autocast):
     """Both graphs run on fake tensors, node by node, each result freed after its last reader."""
     arguments = (
-        tiny.build().to("meta"), (2, *IMAGE), lambda: batches.pixel_labels(2, IMAGE), tiny.loss,
+        tiny.build().to("meta"), (2, *IMAGE), lambda: steps.pixel_labels(2, IMAGE), tiny.loss,
         0.5, autocast,
     )  # fmt: skip
     forward, backward, given, kept = compiled._partitioned(*arguments)
