@@ -5,7 +5,6 @@ its plugin. A test that kills its process, hangs, or leaves the card's context u
 alone: its process begins again behind it.
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .record import NOT_BEGUN, ROOT, resumed, save, table
+from .record import NOT_BEGUN, ROOT, card_answers, resumed, save, table
 
 HANGS = 120  # seconds after which a test is given up
 GRACE = 10  # seconds beyond those allowed, for the tests that run then
@@ -298,24 +297,11 @@ class Journal:
         seconds = sum(report.duration for report in self.reports)
         how, why = map("; ".join, ([_last_line(r) for r in each] for each in (failed, skipped)))
         self._write(**result(nodeid, outcome, seconds, how, why))
-        if failed and not _card_answers():
+        if failed and not card_answers():
             self._write(lost=nodeid)
             self.session.shouldstop = "the card's context is lost"
         elif time.time() >= self.until:
             self.session.shouldstop = "out of time"
-
-
-def _card_answers() -> bool:
-    """Return whether the card still works for this process, and give back what it holds of it."""
-    if not torch.cuda.is_initialized():
-        return True
-    gc.collect()
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:  # an illegal address, for instance, fails every later call too
-        return False
-    return True
 
 
 def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:

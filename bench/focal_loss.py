@@ -10,7 +10,8 @@ the bytes that each provider allocates beyond its inputs (counted on fake tensor
 the compiler made of our kernels.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,15 @@ from ..engine.meter import LiveBytes
 from ..ops.focal_loss import softmax_focal_loss
 from ..ops.linear_focal_loss import linear_focal_loss
 from ..ops.sigmoid_focal_loss import sigmoid_focal_loss
-from .record import save, table
+from .record import NOT_BEGUN, card_answers, resumed, save, table
 
 COPY = 4.3e12  # bytes a second of a copy on an H200, as published by those who measured it
 COMPILED_FOR = ("sm_90", "sm_80", "gfx942")
+FIGURES = (
+    "forward_ms", "step_ms_20", "step_ms", "step_ms_80", "step_gb_per_s", "forward_of_copy",
+    "step_of_copy", "peak_beyond_mib",
+)  # fmt: skip
+COMPILING = 60  # seconds that compiling every kernel may take
 MIB = 2**20
 GAMMA = 2.0
 
@@ -116,21 +122,33 @@ def workloads() -> list[Workload]:
     ]  # fmt: skip
 
 
-def run(out: Path) -> list[dict]:
-    """Run the benchmark of this machine, save focal_loss.json and .csv in out, return the rows."""
+def run(out: Path, seconds: float | None = None) -> list[dict]:
+    """Run the benchmark of this machine, save focal_loss.json and .csv in out, return the rows.
+
+    Args:
+        out: the folder; on a card what an earlier run measured in it is kept.
+        seconds: after which no other workload is begun on a card, and nothing is compiled without.
+
+    Raises:
+        SystemExit: a result of ours was wrong; all rows are saved.
+    """
     if torch.cuda.is_available():
-        rows = _measure()
-    else:
-        print("Focal losses: NOT RUN ON A CARD. There is no GPU here, so nothing was timed, and no")
-        print("provider's result was checked on a device.")
-        print("Bytes beyond the inputs, counted on fake tensors, and the roof at 4.3 TB/s:\n")
-        rows = [_predicted(w, name) for w in workloads() for name in w.providers]
-        print(table(rows))
+        rows = _measure(workloads(), out, seconds)
+        ours = [row for row in rows if row["provider"] == "fullres"]
+        if any(row["wrong"] not in ("", NOT_BEGUN) for row in ours):
+            raise SystemExit("focal losses: a result of ours was WRONG, or there was none")
+        return rows
+    print("Focal losses: NOT RUN ON A CARD. There is no GPU here, so nothing was timed, and no")
+    print("provider's result was checked on a device.")
+    print("Bytes beyond the inputs, counted on fake tensors, and the roof at 4.3 TB/s:\n")
+    rows = [_predicted(w, name) for w in workloads() for name in w.providers]
+    print(table(rows))
+    save("focal_loss", rows, out)
+    if seconds is None or seconds > COMPILING:
         compiled = _compiled()
         print("\nWhat the compiler made of the kernels (no card is needed for that):\n")
         print(table(compiled))
         save("focal_loss_compiled", compiled, out)
-    save("focal_loss", rows, out)
     return rows
 
 
@@ -177,35 +195,65 @@ def _compiled() -> list[dict]:
     return rows
 
 
-def _measure() -> list[dict]:
+def _measure(workloads: Sequence[Workload], out: Path, seconds: float | None) -> list[dict]:
+    begun = time.monotonic()
     roof = _copy_speed()
     print(f"Copy measured: {roof / 1e12:.2f} TB/s\n")
-    rows = []
-    for workload in workloads():
-        providers = dict(workload.providers)
-        providers["compile"] = torch.compile(providers["eager"])
+    rows = [row for row in resumed("focal_loss", out) if row["wrong"] != NOT_BEGUN]
+    done, longest = {row["workload"] for row in rows}, 0.0
+    for workload in workloads:
+        if workload.name in done:
+            continue
+        spent = time.monotonic() - begun
+        late = seconds is not None and spent + longest > seconds
+        if late or not card_answers():
+            N, found = workload.images, dict.fromkeys(workload.providers, _failed(NOT_BEGUN))
+        else:
+            N, found = _found(workload, roof)
+        rows += [
+            {"workload": workload.name, "images": N, "provider": name, **figures}
+            | {"it_over_fullres": _ratio(figures, found["fullres"])}
+            for name, figures in found.items()
+        ]
+        save("focal_loss", rows, out)
+        longest = max(longest, time.monotonic() - begun - spent)
+    print(table(rows))
+    return rows
+
+
+def _found(workload: Workload, roof: float) -> tuple[int, dict[str, dict]]:
+    """Return how many images there were, and each provider's figures."""
+    providers = dict(workload.providers)
+    providers["compile"] = torch.compile(providers["eager"])
+    N, found = workload.images, {}
+    try:
+        torch.cuda.empty_cache()
         # The largest batch of which the hungriest provider's float32 temporaries fit.
         leaves, rest = workload.make(1, "cuda")
         image = sum(t.numel() * t.itemsize for t in (*leaves, *rest))
-        N = max(1, min(workload.images, torch.cuda.mem_get_info()[0] // (24 * image)))
+        N = max(1, min(N, torch.cuda.mem_get_info()[0] // (24 * image)))
         torch.manual_seed(1)
         leaves, rest = workload.make(N, "cuda")
         wanted = _checked(workload, leaves, rest)
-        found = {
-            name: _timed(call, leaves, rest, wanted, workload, N, roof)
-            for name, call in providers.items()
-        }
-        for name, figures in found.items():
-            right = figures["agrees"] and found["fullres"]["agrees"]
-            ratio = figures["step_ms"] / found["fullres"]["step_ms"] if right else "WRONG"
-            row = {"workload": workload.name, "images": N, "provider": name, **figures}
-            rows.append({**row, "it_over_fullres": ratio})
-        del leaves, rest
-        torch.cuda.empty_cache()
-    print(table(rows))
-    if not all(row["agrees"] for row in rows if row["provider"] == "fullres"):
-        raise SystemExit("focal losses: a result was WRONG")
-    return rows
+    except Exception as error:  # one workload's: the others are measured all the same
+        return N, dict.fromkeys(providers, _failed(f"{type(error).__name__}: {error}"))
+    for name, call in providers.items():
+        try:
+            found[name] = _timed(call, leaves, rest, wanted, workload, N, roof)
+        except Exception as error:  # one provider's
+            found[name] = _failed(f"{type(error).__name__}: {error}")
+    return N, found
+
+
+def _ratio(it: dict, ours: dict) -> float | str:
+    """Return how many times as long it takes; "" for no time, WRONG where a result is."""
+    if it["step_ms"] is None or ours["step_ms"] is None:
+        return ""
+    return "WRONG" if it["wrong"] or ours["wrong"] else it["step_ms"] / ours["step_ms"]
+
+
+def _failed(how: str) -> dict:
+    return {"wrong": how[:300], **dict.fromkeys(FIGURES)}
 
 
 def _checked(workload: Workload, leaves, rest) -> tuple[float, Tensor]:
@@ -268,16 +316,15 @@ def _timed(call, leaves, rest, wanted, workload, N, roof) -> dict:
     forward_ms = do_bench(lambda: call(*leaves, *rest), warmup=50, rep=200, return_mode="median")
     times = torch.tensor(do_bench(step, warmup=50, rep=300, return_mode="all"))
     low, median, high = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {
-        "agrees": agrees,
-        "forward_ms": forward_ms,
-        "step_ms": median,
-        "step_ms_20_80": f"{low:.4g}..{high:.4g}",
-        "step_gb_per_s": N * workload.step_bytes / median / 1e6,
-        "forward_of_copy": N * workload.forward_bytes / roof * 1e3 / forward_ms,
-        "step_of_copy": N * workload.step_bytes / roof * 1e3 / median,
-        "peak_beyond_mib": peak / MIB,
-    }
+    values = (
+        *(forward_ms, low, median, high),
+        N * workload.step_bytes / median / 1e6,
+        N * workload.forward_bytes / roof * 1e3 / forward_ms,
+        N * workload.step_bytes / roof * 1e3 / median,
+        peak / MIB,
+    )
+    wrong = "" if agrees else "differs from float64"
+    return {"wrong": wrong, **dict(zip(FIGURES, values, strict=True))}
 
 
 def _copy_speed() -> float:

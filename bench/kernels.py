@@ -27,7 +27,7 @@ from ..ops import dispatch
 from .case import Case, Results, wrong
 from .layers import H200, Layer, collect
 from .providers import dispatched, providers
-from .record import resumed, save, table
+from .record import NOT_BEGUN, NOT_FINISHED, card_answers, resumed, save, table
 from .roofline import draw
 
 BATCH = 8
@@ -38,8 +38,10 @@ BASELINES = ("eager", "compile", "cudnn")
 # Where there is no card to compile for: this target, and one layer bound by each of the two roofs.
 COMPILED_FOR = "sm_90"
 COMPILED = ("3x3 16->16 at 1280x2048", "3x3 64->64 at 160x256")
+FIGURES = ("ms", "ms_20", "ms_80", "tflop_per_s", "gb_per_s", "of_roof", "peak_mib")
 MIB = 2**20
 NEVER = float("inf")  # milliseconds of what was not measured
+STOPPED = f"begun, and not ended {NOT_FINISHED}"
 
 
 def run(out: Path, seconds: float | None = None) -> list[dict]:
@@ -166,23 +168,41 @@ def _measure(layers: dict[Layer, Counter], out: Path, seconds: float | None) -> 
         f"Measured: copy {rates.copy / 1e12:.2f} TB/s, product {rates.product / 1e12:.0f} TFLOP/s"
     )
     dispatch_table = out / dispatch.table_name(rates.name)
-    rows = resumed("kernels", out)
+    kept = resumed("kernels", out)
+    rows = [row for row in kept if row["wrong"] not in (NOT_BEGUN, STOPPED)]
+    stopped = {row["layer"] for row in kept if row["wrong"] == STOPPED}  # others come first
 
     def decide(fresh: list[dict]) -> Path:
         dispatch.write_table(dispatch_table, table_times([*rows, *fresh], layers))
         return dispatch_table
 
+    def keep(wrong: str, names: Iterable[str]) -> None:
+        """Save the rows, and one for each of these layers, that says why it has none."""
+        columns = list(rows[0]) if rows else ["layer", "pass", "provider", "wrong"]
+        empty = dict.fromkeys(columns) | {"pass": "", "provider": "", "wrong": wrong}
+        save("kernels", [*rows, *({**empty, "layer": name} for name in names)], out)
+
     begun, longest = time.monotonic(), 0.0
-    for layer, uses in layers.items():
+    for layer, uses in sorted(layers.items(), key=lambda item: item[0].name in stopped):
         if layer.name in {row["layer"] for row in rows}:
             continue
         spent = time.monotonic() - begun
         if seconds is not None and spent + longest > seconds:
             break
-        fresh = _measured(layer, uses, rates, out / "compiled", decide)
+        stopped.add(layer.name)
+        keep(STOPPED, stopped)
+        try:
+            fresh = _measured(layer, uses, rates, out / "compiled", decide)
+        except Exception as error:  # one layer's: the others are measured all the same
+            work = _work(layer, uses, "layer", BATCH, rates)
+            fresh = with_ratios([{**work, "provider": "fullres", **_failed(error)}])
         print(f"\n{fresh[0]['uses']}\n{table([_shown(row) for row in fresh])}", flush=True)
         rows += fresh
+        stopped.discard(layer.name)
         save("kernels", rows, out)
+        if not card_answers():
+            print(f"The card's context is lost: the next run goes on behind {layer.name}.")
+            break
         longest = max(longest, time.monotonic() - begun - spent)
 
     print(f"\nWhole layers, forward and backward, as dispatched:\n\n{table(_summary(rows))}")
@@ -190,6 +210,7 @@ def _measure(layers: dict[Layer, Counter], out: Path, seconds: float | None) -> 
     missing = [layer.name for layer in layers if layer.name not in done]
     if missing:
         print(f"\nNOT MEASURED for want of time; run it again to go on: {'; '.join(missing)}")
+    keep(NOT_BEGUN, missing)
     elsewhere = [t for t in dispatch.read_table(decide([])).values() if t[0] > t[1]]
     print(f"\nDispatch table in {dispatch_table}: {len(elsewhere)} passes go elsewhere.")
     points = defaultdict(list)
@@ -238,7 +259,6 @@ def _figures(case: Case, call: Callable[[], Results], work: dict) -> dict:
     """Return a call's figures: its first run compiles and tunes, its second is checked."""
     from triton.testing import do_bench
 
-    names = ("ms", "ms_20", "ms_80", "tflop_per_s", "gb_per_s", "of_roof", "peak_mib")
     try:
         call()
         torch.cuda.synchronize()
@@ -251,11 +271,15 @@ def _figures(case: Case, call: Callable[[], Results], work: dict) -> dict:
         del results
         times = torch.tensor(do_bench(call, warmup=25, rep=100, return_mode="all"))
     except Exception as error:  # one provider's: the others are measured all the same
-        return {"wrong": f"{type(error).__name__}: {error}"[:300], **dict.fromkeys(names)}
+        return _failed(error)
     low, ms, high = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8])).tolist()
     rates = work["computes_tflop"] / ms * 1e3, work["moves_gb"] / ms * 1e3, work["roof_ms"] / ms
-    figures = zip(names, (ms, low, high, *rates, peak / MIB), strict=True)
+    figures = zip(FIGURES, (ms, low, high, *rates, peak / MIB), strict=True)
     return {"wrong": disagree, **dict(figures)}
+
+
+def _failed(error: Exception) -> dict:
+    return {"wrong": f"{type(error).__name__}: {error}"[:300], **dict.fromkeys(FIGURES)}
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:

@@ -20,7 +20,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = {".venv", "build", "__pycache__"}  # where there are no sources of ours
-NOT_BEGUN = "not begun in the seconds allowed"  # in the column `failed` of what the next run does
+# In the column `failed` of a row that the next run goes on with:
+NOT_FINISHED = "in the seconds allowed"
+NOT_BEGUN = f"not begun {NOT_FINISHED}"
 # What may differ between two runs of which the second goes on with the first one's results.
 INCIDENTAL = {"command", "date"}
 OF_NO_CARD = {"processor", "threads"}  # beside a card they are incidental too
@@ -78,6 +80,17 @@ def environment() -> dict[str, str | int]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def card_answers() -> bool:
+    """Return whether this process can still use its card; an illegal address ends that for good."""
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -284,8 +284,12 @@ def test_a_run_on_a_card_measures_saves_and_decides(card, tmp_path, capsys):
 def test_a_run_that_was_cut_short_goes_on(card, monkeypatch, tmp_path, capsys):
     layers, facts = card
     first, *others = layers
-    assert kernels._measure(layers, tmp_path, 0.0) == []
+    assert kernels._measure(layers, tmp_path, -1.0) == []
     assert "NOT MEASURED" in capsys.readouterr().out
+    left = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [(row["layer"], row["wrong"]) for row in left] == [
+        (layer.name, record.NOT_BEGUN) for layer in layers
+    ]
     before = kernels._measure({first: layers[first]}, tmp_path, None)
     measured = []
     real = kernels._measured
@@ -306,3 +310,43 @@ def test_a_wrong_result_of_ours_fails_the_run_once_it_is_saved(card, monkeypatch
     with pytest.raises(SystemExit, match="WRONG"):
         kernels._measure(layers, tmp_path, None)
     assert (tmp_path / "kernels.json").exists()
+
+
+def test_a_layer_that_fails_costs_itself_and_one_that_never_ended_comes_last(
+    card, monkeypatch, tmp_path
+):
+    layers, _ = card
+    first, second, third = layers
+    real, begun = kernels._measured, []
+
+    def measured(layer, *arguments):
+        begun.append(layer)
+        saved = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+        stopped = [row["layer"] for row in saved if row["wrong"] == kernels.STOPPED]
+        assert layer.name in stopped and first.name in stopped
+        if layer == first and len(begun) == 1:
+            raise KeyboardInterrupt  # as if it never ended
+        if layer == second:
+            raise ValueError("no memory for the reference")
+        return real(layer, *arguments)
+
+    monkeypatch.setattr(kernels, "_measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        kernels._measure(layers, tmp_path, None)
+    with pytest.raises(SystemExit, match="no memory for the reference"):
+        kernels._measure(layers, tmp_path, None)
+    assert begun == [first, second, third, first]
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [row["wrong"] for row in rows if row["layer"] == second.name] == [
+        "ValueError: no memory for the reference"
+    ]
+    assert {row["layer"] for row in rows if not row["wrong"]} == {first.name, third.name}
+
+
+def test_a_card_that_is_lost_ends_the_run_behind_its_layer(card, monkeypatch, tmp_path):
+    layers, _ = card
+    monkeypatch.setattr(kernels, "card_answers", lambda: False)
+    kernels._measure(layers, tmp_path, None)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    left = [row["layer"] for row in rows if row["wrong"] == record.NOT_BEGUN]
+    assert left == [layer.name for layer in layers][1:]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fullres.bench import focal_loss
+from fullres.bench import focal_loss, record
 
 WORKLOADS = {w.name: w for w in focal_loss.workloads()}
 
@@ -56,3 +56,35 @@ def test_it_says_that_nothing_was_measured(tmp_path, capsys, monkeypatch):
     assert "NOT RUN ON A CARD" in capsys.readouterr().out
     assert {row["measured"] for row in rows} == {"not run on a card"}
     assert json.loads((tmp_path / "focal_loss.json").read_text())["rows"] == rows
+
+
+def test_a_run_on_a_card_goes_on_and_shows_what_failed(tmp_path, monkeypatch):
+    """As on a card: all but the device's work is the benchmark's own."""
+    facts = {**record.environment(), "commit": "abc1234"}
+    monkeypatch.setattr(record, "environment", lambda: facts)
+    monkeypatch.setattr(focal_loss, "_copy_speed", lambda: 4e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fine = {"wrong": "", **dict.fromkeys(focal_loss.FIGURES, 2.0)}
+    slow = {**fine, "step_ms": 5.0}
+    run = []
+
+    def found(workload, roof):
+        run.append(workload.name)
+        ours = {**fine, "wrong": "differs from float64"} if workload.name == broken else fine
+        return 1, {"fullres": ours, "eager": slow, "compile": focal_loss._failed("no memory")}
+
+    monkeypatch.setattr(focal_loss, "_found", found)
+    broken = ""
+    rows = focal_loss.run(tmp_path, seconds=-1.0)
+    assert run == [] and {row["wrong"] for row in rows} == {record.NOT_BEGUN}
+    assert {row["it_over_fullres"] for row in rows} == {""}
+    rows = focal_loss.run(tmp_path)
+    assert run == list(WORKLOADS)
+    assert [row["it_over_fullres"] for row in rows] == [1.0, 2.5, ""] * len(run)
+    assert focal_loss.run(tmp_path) == rows and len(run) == len(WORKLOADS)
+    broken, facts["commit"] = run[0], "abd1234"
+    with pytest.raises(SystemExit, match="WRONG"):
+        focal_loss.run(tmp_path)
+    saved = json.loads((tmp_path / "focal_loss.json").read_text())["rows"]
+    assert [row["it_over_fullres"] for row in saved[:3]] == ["WRONG", "WRONG", ""]
+    assert len(saved) == len(rows)
