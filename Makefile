@@ -5,6 +5,7 @@ FULLRES := .venv/bin/fullres
 DEMO := demo
 OUT ?=
 ONLY ?=
+SECONDS ?=
 
 .PHONY: demo test lint bench gpu clean help
 
@@ -13,7 +14,7 @@ help:
 	@echo "make test   lint and all tests; no GPU needed"
 	@echo "make lint   ruff: rules and format"
 	@echo "make bench  benchmarks of this machine: of a GPU where there is one, else predictions"
-	@echo "make gpu    on a machine with a GPU and torch: device tests and benchmarks, offline"
+	@echo "make gpu    on a machine with a GPU and torch: device tests and benchmarks, offline, in ten minutes"
 	@echo "make clean  remove .venv and what the others made"
 
 # The stamps name the extra that is installed; pyproject.toml and constraints.txt renew them.
@@ -58,10 +59,15 @@ lint: .venv/test
 bench: .venv/train
 	$(FULLRES) bench $(if $(OUT),--out $(OUT))
 
-# The GPU machine has torch, triton and the rest, and no network: nothing is fetched.
+# The GPU machine has torch, triton and the rest, and no network: nothing is fetched. Results lie in
+# bench/results; OUT gets their page and one archive of them. What installing takes is of the SECONDS.
+gpu: BEGUN := $(shell date +%s)
 gpu:
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m fullres.bench.gpu $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY))
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . || { \
+	  echo "it could not be installed, and runs from the checkout"; \
+	  mkdir -p build/checkout && ln -sfn "$(CURDIR)" build/checkout/fullres; }
+	PYTHONPATH="$(CURDIR)/build/checkout:$$PYTHONPATH" $(PYTHON) -m fullres.bench.gpu --begun $(BEGUN) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--copy-to "$(OUT)")
 
 clean:
 	rm -rf .venv $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ try:
     )
     from rich.table import Table
 
-    from .bench import BENCHMARKS
+    from .bench import BENCHMARKS, SECTIONS
     from .training.config import TrainConfig
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -403,19 +403,34 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help=f"Some of {', '.join(BENCHMARKS)}; none: all.")
+        list[str] | None,
+        typer.Argument(
+            help=f"Some of {', '.join(BENCHMARKS)}; none: each. Or all: what make gpu runs."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to record the results in.")] = Path(
-        "bench-results"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to record the results in [default: bench-results].")
+    ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Of kernels and batches: begin no other case after that long.", min=0),
+        typer.Option(help="Of each benchmark, or of all: begin nothing after that long.", min=0),
     ] = None,
+    only: Annotated[str | None, typer.Option(help=f"Of all, some of {','.join(SECTIONS)}.")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Of all, without a GPU: rehearse what runs there.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run benchmarks, print their tables and record them with machine, versions and commit."""
-    names = names or list(BENCHMARKS)
+    if names == ["all"]:
+        from .bench import gpu
+
+        given = {"--out": out, "--seconds": seconds, "--only": only}
+        arguments = [str(a) for pair in given.items() if pair[1] is not None for a in pair]
+        raise typer.Exit(gpu.main([*arguments, *(["--smoke"] if smoke else [])]))
+    if only or smoke:
+        raise ValueError("want --only and --smoke with `fullres bench all`")
+    names, out = names or list(BENCHMARKS), out or Path("bench-results")
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise ValueError(f"want benchmarks from {', '.join(BENCHMARKS)}; got {', '.join(unknown)}")
     _want_folder(out)
@@ -425,9 +440,9 @@ def bench(
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         typer.echo("\n".join(f"{name}: {value}" for name, value in facts.items()))
         for name in names:
-            options = {"seconds": seconds} if name in ("kernels", "batches") else {}
             benchmark = importlib.import_module(f".bench.{name}", __package__)
-            rows[name] = benchmark.run(out, **options)
+            takes = "seconds" in inspect.signature(benchmark.run).parameters
+            rows[name] = benchmark.run(out, **({"seconds": seconds} if takes else {}))
         typer.echo(f"recorded in {out}")
     if as_json:
         typer.echo(json.dumps({"environment": facts, **rows}, indent=1))

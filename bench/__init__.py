@@ -2,3 +2,14 @@
 
 # What `fullres bench` knows, by module name.
 BENCHMARKS = ("kernels", "networks", "focal_loss", "memory", "batches", "events")
+
+# What `make gpu` and `fullres bench all` run, in this order: a module, and the seconds of its box.
+SECTIONS: dict[str, tuple[str, int]] = {
+    "tests": ("device_tests", 200),
+    "kernels": ("kernels", 100),
+    "focal_loss": ("focal_loss", 35),
+    "largest": ("largest", 110),
+    "training": ("training", 75),
+    "convergence": ("convergence", 40),
+    "scaling": ("scaling", 25),
+}
