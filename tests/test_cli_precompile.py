@@ -132,6 +132,8 @@ def test_bench_refuses_what_it_does_not_have(fullres, tmp_path):
     assert not (tmp_path / "results").exists()
     code, _, err = fullres("bench", "kernels", "--out", __file__)
     assert code == 1 and "want out as a folder" in err
+    code, _, err = fullres("bench", "kernels", "--smoke", "--out", tmp_path / "results")
+    assert code == 1 and "fullres bench all" in err
 
 
 def test_bench_prints_nothing_but_json_where_that_is_asked(fullres, monkeypatch, tmp_path):
@@ -142,8 +144,8 @@ def test_bench_prints_nothing_but_json_where_that_is_asked(fullres, monkeypatch,
         asked.append((out, options))
         return [{"ms": 1.0}]
 
-    monkeypatch.setattr(kernels, "run", run)
-    monkeypatch.setattr(memory, "run", run)
+    monkeypatch.setattr(kernels, "run", lambda out, seconds=None: run(out, seconds=seconds))
+    monkeypatch.setattr(memory, "run", lambda out: run(out))
     arguments = ["bench", "kernels", "memory", "--seconds", "9", "--out", tmp_path]
     code, out, err = fullres(*arguments, "--json")
     assert code == 0 and "a table for people" in err
