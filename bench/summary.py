@@ -19,6 +19,7 @@ from . import SECTIONS
 from .record import NOT_FINISHED, ROOT
 
 PAGE = "summary.md"
+README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- results, written by `python -m fullres.bench.summary --readme` -->"
 END = "<!-- end of results -->"
@@ -27,7 +28,7 @@ NO_CARD = "NOT RUN ON A CARD"
 MEMORY = 40  # GiB, of the headline
 FACTS = ("card", "driver", "processor", "python", "torch", "triton", "commit", "date")
 OURS = "fullres, bf16"
-SHOWN = 60  # lines of a table; the rest is in the CSV file beside it
+SHOWN = 100  # lines of a table; the rest is in the CSV file beside it
 
 
 class Results:
@@ -121,10 +122,10 @@ def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[st
     measured = [] if results is None else results.measured("largest")
     rows = {(r["network"], r["provider"]): r for r in measured if _is_memory(r)}
     foretold = {
-        (r["network"], r["provider"].replace(", budget 1.0", "")): r
+        (r["network"], r["provider"].replace(", budget 1.0", "")): r["batch"]
         for r in predicted
         if _is_memory(r) and not r["failed"]
-    }
+    } | {of: r["predicted_batch"] for of, r in rows.items()}
     networks, providers = (
         list(dict.fromkeys(names)) for names in zip(*foretold, *rows, strict=True)
     )
@@ -138,7 +139,7 @@ def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[st
             if rows:
                 line[network] = _batch(rows.get(of), foretold.get(of))
             else:
-                line[network] = foretold[of]["batch"] if of in foretold else ""
+                line[network] = foretold.get(of, "")
         bold = "**" if provider == OURS else ""
         lines.append({name: f"{bold}{cell}{bold}" for name, cell in line.items()})
     return markdown(lines)
@@ -148,8 +149,8 @@ def _is_memory(row: dict) -> bool:
     return row["memory_gib"] == MEMORY
 
 
-def _batch(measured: dict | None, predicted: dict | None) -> str:
-    foretold = "" if predicted is None else f"predicted {predicted['batch']}"
+def _batch(measured: dict | None, predicted: int | None) -> str:
+    foretold = "" if predicted is None else f"predicted {predicted}"
     if measured is None:
         return foretold
     count, failed = measured.get("batch"), measured.get("failed")
@@ -185,6 +186,22 @@ def kernels_line(results: Results) -> str:
     return "; ".join([*said, *([f"{left} layers {NOT_YET}"] if left else [])]) or NOT_YET
 
 
+def scaling_line(results: Results) -> str:
+    """Return the exponents of ours: cost as a power of the pixels."""
+    said = []
+    for row in results.measured("scaling_fits"):
+        powers = {name: row.get(f"{name}_exponent") for name in ("peak", "step")}
+        if row["device"] in ("cpu", "none, predicted") or None in powers.values():
+            continue
+        text = " and ".join(
+            f"{what} as pixels^{powers[name]:.2f}"
+            for name, what in (("peak", "memory"), ("step", "time"))
+        )
+        left = f", {row['left']} sizes left" if row["left"] else ""
+        said.append(f"{row['network']}, {row['provider']}, growing {row['axis']}: {text}{left}")
+    return "; ".join(said) or NOT_YET
+
+
 def convergence_line(results: Results) -> str:
     """Return how training ends, beside eager float32."""
     from .convergence import verdict
@@ -202,16 +219,19 @@ def tests_line(results: Results) -> str:
 
 
 LINES: dict[str, Callable[[Results], str]] = {
-    "Device tests": tests_line,
+    "Tests on a card": tests_line,
     "Convolution layers, forward and backward": kernels_line,
     "Convergence": convergence_line,
+    "Scaling": scaling_line,
 }
 
 
 def headline(results: Results | None, predicted: Sequence[dict]) -> list[str]:
     """Return what there is to say first; results of no card say that nothing was measured."""
-    lines = _guarded(lambda: largest_table(results, predicted)) if predicted else []
-    if lines and not (results and results.measured("largest")):
+    measured = results is not None and results.measured("largest")
+    some = bool(measured or predicted)
+    lines = _guarded(lambda: largest_table(results, predicted)) if some else []
+    if lines and not measured:
         slower = [
             f"{row['time_ratio']:.1f}"
             for row in predicted
@@ -260,7 +280,8 @@ def page(folder: Path) -> str:
     lines += [f"- {call}" for call in calls or others]
     lines += ["", "## In short", "", *headline(results, predictions(results))]
     lines += ["", "## Sections", "", *_guarded(lambda: _outcomes(results))]
-    for name in [*SECTIONS, *(n for n in results.files if n not in {*SECTIONS, "gpu", "calls"})]:
+    others = [name for name in results.files if name not in {*SECTIONS, *WITHIN}]
+    for name in [*SECTIONS, *others]:
         lines += ["", f"## {name}", "", *_section(results, name)]
     return "\n".join(lines) + "\n"
 
@@ -306,6 +327,8 @@ def _section(results: Results, name: str) -> list[str]:
 
 
 PICTURES = {"kernels": "roofline"}
+# Files that are told of elsewhere on the page, or are long.
+WITHIN = {"gpu", "calls", "scaling_fits", "convergence_curves", "training_kernels"}
 
 
 def _tests(results: Results, rows: list[dict]) -> list[str]:
@@ -321,12 +344,9 @@ def _tests(results: Results, rows: list[dict]) -> list[str]:
 def _kernels(results: Results, rows: list[dict]) -> list[str]:
     whole = [row for row in rows if row["pass"] in ("layer", "")]
     if not results.on_card("kernels"):
-        names = ("layer", "uses", "bound_by", "roof_ms", "predicted_ms", "over_eager")
-        return [
-            "Predicted from bytes and FLOP:",
-            "",
-            *markdown([{k: row.get(k) for k in names} for row in whole]),
-        ]
+        names = ("layer", "uses", "bound_by", "roof_ms", "predicted_ms", "eager_ms", "compile_ms")
+        lines = ["Predicted from bytes and FLOP at an H200's rates, for eager and compile too:", ""]
+        return [*lines, *markdown([{k: row.get(k) for k in names} for row in whole])]
     known = {(row["layer"], row["provider"]): row for row in whole}
     lines = []
     for row in whole:
@@ -362,10 +382,41 @@ def _focal_loss(results: Results, rows: list[dict]) -> list[str]:
     )
 
 
+def _largest(results: Results, rows: list[dict]) -> list[str]:
+    names = ("network", "provider", "memory_gib", "batch", "predicted_batch", "peak_gib")
+    names += ("predicted_peak_gib", "reserved_gib", "device", "failed")
+    order = {name: None for row in rows for name in (row["network"],)}
+    rows = sorted(rows, key=lambda row: ([*order].index(row["network"]), row["memory_gib"]))
+    return markdown([{name: row[name] for name in names} for row in rows])
+
+
+def _convergence(results: Results, rows: list[dict]) -> list[str]:
+    from .convergence import verdict
+
+    one = ("device", "network", "image", "of_steps")
+    shown = [{k: v for k, v in row.items() if k not in one} for row in rows]
+    what = ", ".join(f"{name} {rows[0][name]}" for name in one)
+    return [f"{what}.", "", *markdown(shown), "", *(f"- {line}" for line in verdict(rows))]
+
+
+def _scaling(results: Results, rows: list[dict]) -> list[str]:
+    fits = results.rows("scaling_fits")
+    shown = [{k: v for k, v in r.items() if not k.endswith("_points")} for r in fits]
+    lines = ["Exponents: cost as a power of the pixels; 1 is a line.", "", *markdown(shown), ""]
+    names = ("network", "provider", "image", "batch", "predicted_peak_gib", "peak_gib")
+    for row in rows:
+        row["step s (least to most)"] = spread(row, "step_s", "fastest_s", "slowest_s")
+    names += ("step s (least to most)", "device", "ends", "failed")
+    return [*lines, *markdown([{name: row[name] for name in names} for row in rows])]
+
+
 TABLES: dict[str, Callable[[Results, list[dict]], list[str]]] = {
     "tests": _tests,
     "kernels": _kernels,
     "focal_loss": _focal_loss,
+    "largest": _largest,
+    "convergence": _convergence,
+    "scaling": _scaling,
 }
 
 
@@ -407,7 +458,7 @@ def with_block(text: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"README.md: want one {BEGIN} and one {END} behind it")
     before, rest = text.split(BEGIN)
-    return "\n".join([f"{before}{BEGIN}", *block(), END]) + rest.split(END)[1]
+    return "\n".join([f"{before}{BEGIN}", "", *block(), "", END]) + rest.split(END)[1]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -416,7 +467,7 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 2
     if arguments[0] == "--readme":
-        readme = ROOT / "README.md"
+        readme = README
         readme.write_text(with_block(readme.read_text()))
         print(f"wrote {readme}")
     else:
