@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or default_folder(facts)
     out.mkdir(parents=True, exist_ok=True)
     print(f"results in {out}\n" + "\n".join(f"  {k}: {v}" for k, v in facts.items()), flush=True)
+    if "+changes" in facts["commit"]:
+        print("The checkout has changes that are not committed: a next call keeps nothing of this.")
     (out / "device.txt").write_text(_device())
     calls = [*resumed("calls", out), {"date": _now(), "command": facts["command"], "seconds": 0.0}]
     rows = {row["section"]: row for row in resumed("gpu", out) if row["section"] in SECTIONS}

@@ -57,8 +57,10 @@ def _version(distribution: str) -> str:
 def _commit() -> str:
     # A copy may belong to another user, and not have all modes.
     git = "git", "-c", "safe.directory=*", "-c", "core.fileMode=false", "-C", str(ROOT)
-    if commit := _output(*git, "rev-parse", "--short", "HEAD"):
-        changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    # Neither results nor documents change a number: committing them leaves the rest as it is.
+    what = "--", ".", ":!bench/results", ":!*.md"
+    if commit := _output(*git, "log", "-1", "--format=%h", *what):
+        changed = _output(*git, "status", "--porcelain", "--untracked-files=no", *what)
         return f"{commit}+changes" if changed else commit
     found = hashlib.sha256()
     for path in sorted(p for p in ROOT.rglob("*.py") if not HIDDEN & {*p.relative_to(ROOT).parts}):
@@ -67,7 +69,11 @@ def _commit() -> str:
 
 
 def environment() -> dict[str, str | int]:
-    """Return what a number depends on: card, driver, processor, versions, commit and command."""
+    """Return what a number depends on: card, driver, processor, versions, commit and command.
+
+    The commit is the last one of more than results and documents, with "+changes" where files of
+    it differ; in a copy without git it is a sum over the sources.
+    """
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -136,8 +142,8 @@ def _replacing(path: Path) -> Iterator[TextIO]:
 def resumed(name: str, folder: Path) -> list[dict]:
     """Return the rows of folder/name.json that a run here may keep, else an empty list.
 
-    They are those of the same commit, without changes, the same card, driver and versions; without
-    a card also of the same processor and threads.
+    They are those of the same commit, without changes, the same card, versions and major version of
+    the driver; without a card also of the same processor and threads.
     """
     try:
         saved = json.loads((folder / f"{name}.json").read_text())
@@ -146,5 +152,6 @@ def resumed(name: str, folder: Path) -> list[dict]:
     here = environment()
     incidental = INCIDENTAL | (OF_NO_CARD if here["card"] != "none" else set())
     there = saved["environment"]
-    same = all(there.get(k) == v for k, v in here.items() if k not in incidental)
+    same = all(there.get(k) == v for k, v in here.items() if k not in {*incidental, "driver"})
+    same &= str(there.get("driver")).split(".")[0] == str(here["driver"]).split(".")[0]
     return saved["rows"] if same and "+changes" not in str(here["commit"]) else []

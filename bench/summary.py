@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -262,7 +263,11 @@ def _guarded(make: Callable[[], list[str]]) -> list[str]:
 def write(folder: Path) -> Path:
     """Write the folder's summary.md; return its path."""
     path = folder / PAGE
-    path.write_text(page(folder))
+    try:
+        text = page(folder)
+    except Exception:  # the run whose page it is goes on
+        text = f"# The page could not be written\n\n```\n{traceback.format_exc()}```\n"
+    path.write_text(text)
     return path
 
 
@@ -310,7 +315,9 @@ def _section(results: Results, name: str) -> list[str]:
     lines, facts, own = [], results.facts(), results.facts(name)
     if not results.on_card(name):
         lines += [f"**{NO_CARD}.**", ""]
-    others = [f"{k} {own.get(k)}" for k in ("card", "commit") if own.get(k) != facts.get(k)]
+    others = [
+        f"{k} {own.get(k)}" for k in ("card", "driver", "commit") if own.get(k) != facts.get(k)
+    ]
     if others:
         lines += [f"**Of another run: {', '.join(others)}.**", ""]
     rows = results.rows(name)
