@@ -24,7 +24,7 @@ from ..engine import InfeasibleError, max_batch, meter, plan
 from .compiled import compiled_step
 from .memory import checkpoint_blocks
 from .record import save, table
-from .steps import GIB, IMAGE, NETWORKS, HeldLabels, Network
+from .steps import GIB, IMAGE, NETWORKS, PUBLISHED, HeldLabels, Network
 
 MEMORIES = (16, 24, 40, 80, 141)  # GiB
 
@@ -238,7 +238,7 @@ def run(
     workers: processes at a time; None takes one a core. What each has found is saved at once.
     seconds: after which no other memory is begun; its row says so.
     """
-    jobs = [(n, p) for n in networks or NETWORKS for p in providers or PROVIDERS]
+    jobs = [(n, p) for n in networks or PUBLISHED for p in providers or PROVIDERS]
     options = (image, memories, float("inf") if seconds is None else time.time() + seconds)
     rows: list[dict] = []
     workers = workers or os.cpu_count() or 1

@@ -5,11 +5,14 @@ lies on the device from the start as the optimizer's state does. A step is what 
 gradients set to None, forward under autocast, loss, backward, AdamW. All are in channels_last.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from torch.nn import functional as F
 from ..engine import Plan, convert, plan
 from ..engine.cards import Hardware
 from ..engine.fusion import POLICIES
-from ..models import resnet50, uresnet
+from ..models import UResNetConfig, resnet50, uresnet
 from ..training.loss import SegmentationLoss
 from .memory import checkpoint_blocks
 
@@ -53,11 +56,18 @@ def pixel_loss(out: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     return SegmentationLoss("focal")(out, labels)
 
 
+_FEW = UResNetConfig(
+    filters=4, depth=1, level_blocks=1, deepest_blocks=1, deepest_channels=8, deepest_kernel=3,
+    final_blocks=0, residual=True,
+)  # fmt: skip
+SMALL = "small"  # for where there is no GPU
 NETWORKS = {
     "uresnet": Network(lambda: uresnet("uresnet"), pixel_labels, pixel_loss),
     "a21": Network(lambda: uresnet("a21"), pixel_labels, pixel_loss),
     "resnet50": Network(resnet50, image_labels, F.cross_entropy),
+    SMALL: Network(lambda: uresnet(_FEW), pixel_labels, pixel_loss),
 }
+PUBLISHED = ("uresnet", "a21", "resnet50")
 
 
 def draw_batch(
@@ -210,6 +220,79 @@ def make_plan(
         hardware=hardware,
         reserve=reserve,
     )
+
+
+# Our kernels
+
+
+def compile_kernels(
+    network: Network, image: Sequence[int], batch: int, plan: Plan, out: Path, first: bool = True
+) -> None:
+    """Compile in parallel what a planned step launches on the present card; its memory is not used.
+
+    Without this a step compiles one kernel after the other. What they become lies in the cache that
+    TRITON_CACHE_DIR names, where other processes find it. Where that can't be, nothing is done.
+
+    Args:
+        network: of the step.
+        image: [C, H, W].
+        batch: images.
+        plan: by which the step runs.
+        out: a folder for the build, which no other process builds in.
+        first: each kernel's first configuration alone, and not all that a tuner tries.
+    """
+    cache, target = os.environ.get("TRITON_CACHE_DIR"), compile_target()
+    if not cache or not target:
+        return
+    from ..engine.precompile import record_launches
+    from ..kernels.launches import build
+
+    def step() -> None:
+        model = convert(network.build(), plan=plan)
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        x = torch.empty(batch, *image).contiguous(memory_format=torch.channels_last)
+        dtype = plan.dtype
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = network.loss(model(x), network.labels(batch, image))
+        loss.backward()
+
+    out.mkdir(parents=True, exist_ok=True)
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    if not (out / "cache").exists():
+        (out / "cache").symlink_to(Path(cache).resolve(), target_is_directory=True)
+    try:
+        build(record_launches(step, target, first), out)
+    except Exception as error:  # then the step compiles them, or says what is wrong
+        print(f"compiling kernels of {type(network).__name__}: {error}"[:500], flush=True)
+
+
+def compile_target() -> str | None:
+    """Return what our kernels are compiled for on the present card; None for one not known."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        known = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+        return known if known == "gfx942" else None
+    return {(8, 0): "sm_80", (9, 0): "sm_90"}.get(torch.cuda.get_device_capability())
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Run each of our kernels in its first configuration inside, in every thread, untimed."""
+    try:
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:  # then there are no kernels
+        yield
+        return
+
+    def first(self, *args, **kwargs):
+        self.best_config = self.configs[0]
+        return self.fn.run(*args, **kwargs, **self.best_config.all_kwargs())
+
+    with mock.patch.object(Autotuner, "run", first):
+        yield
 
 
 # Providers

@@ -40,6 +40,7 @@ TWO_LAYERS = steps.Network(TwoLayers, steps.image_labels, squares)
 def tiny(monkeypatch):
     network = steps.Network(lambda: uresnet(CONFIG), steps.pixel_labels, steps.pixel_loss)
     monkeypatch.setattr(batches, "NETWORKS", {"tiny": network})
+    monkeypatch.setattr(batches, "PUBLISHED", ("tiny",))
     return network
 
 

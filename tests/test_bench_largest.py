@@ -1,0 +1,187 @@
+"""The search for the largest batch that trains: its answers, and that failures cost their own."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+from fullres.bench import largest, record, steps
+
+ROW = {
+    "network": "small", "provider": "eager bf16", "image": "3x8x8", "memory_gib": 1.0, "batch": 9,
+    "peak_gib": 0.95, "next_peak_gib": 1.05, "failed": "",
+}  # fmt: skip
+NEVER = float("inf")
+
+
+def cell(provider="eager bf16", gib=1.0, network="small"):
+    return largest.Cell(network, provider, (3, 8, 8), int(gib * 2**30), "cpu")
+
+
+def fits(batch):
+    """What an attempt finds that fits, of a tenth of a GiB an image."""
+    return {
+        "outcome": "fits", "peak": batch * 2**30 // 10, "reserved": None, "used": None,
+        "retries": 0, "step_s": 0.5, "steps": 2, "predicted_peak": None, "stale": False,
+    }  # fmt: skip
+
+
+def below(limit, tried):
+    def attempt(cell, batch, until):
+        tried.append(batch)
+        return fits(batch) if batch <= limit else {"outcome": "memory", "why": "", "stale": False}
+
+    return attempt
+
+
+def last(cell, counted, attempt, row=None, until=NEVER):
+    *_, found = largest.largest(cell, row or cell.blank(), counted, attempt, until)
+    return found
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 8, 9, 10, 23])
+@pytest.mark.parametrize("limit", [0, 1, 2, 8, 9, 10, 11, 40])
+def test_the_answer_is_the_largest_that_fits_wherever_it_begins(start, limit):
+    tried = []
+    found = last(cell(), [{**ROW, "batch": start}], below(limit, tried))
+    assert (found["batch"], found["next_batch"]) == (limit, limit + 1)
+    assert not found["failed"] and found["attempts"] == len(tried) == len({*tried})
+    if start in (limit, limit + 1) and start and limit:  # foretold, or one less
+        assert len(tried) == 2
+    if limit:
+        assert found["peak_gib"] == pytest.approx(limit / 10)
+        assert found["images_per_s"] == limit / 0.5
+    else:
+        assert found["peak_gib"] is None
+
+
+def test_predictions_lie_beside_what_was_measured():
+    found = last(cell(), [ROW], below(8, []))
+    assert (found["predicted_batch"], found["batch"]) == (9, 8)
+    assert found["predicted_peak_gib"] == pytest.approx(0.95 - 0.1)  # of that very batch
+    ours = last(cell(steps.OURS), [], lambda *_: {**fits(1), "predicted_peak": 2**29}
+                if _[1] == 1 else {"outcome": "memory"})  # fmt: skip
+    assert ours["predicted_batch"] is None and ours["predicted_peak_gib"] == 0.5
+
+
+def test_other_memories_are_foretold_along_a_line():
+    assert largest.foretell([ROW], cell(gib=1.34)).batch == 12
+    assert largest.foretell([ROW], cell(gib=0.5)).batch == 4
+    assert largest.foretell([{**ROW, "batch": 0, "peak_gib": None}], cell()).batch == 0
+    assert largest.foretell([{**ROW, "failed": "why"}], cell()).batch is None
+    ours = [{**ROW, "provider": steps.OURS, "peak_gib": 0.9999, "next_peak_gib": 1.0}]
+    assert largest.foretell(ours, cell(steps.OURS, 2.0)) == (20, None)
+    full = {**ROW, "provider": "torch.compile, budget 1.0, bf16"}
+    assert largest.foretell([full], cell("torch.compile, bf16")).batch == 9
+
+
+def test_the_recorded_table_foretells_every_cell(tmp_path):
+    rows = largest.recorded(tmp_path)
+    for network in steps.PUBLISHED:
+        for provider in largest.NAMES:
+            found = [
+                largest.foretell(
+                    rows, largest.Cell(network, provider, steps.IMAGE, int(gib * 2**30), "cuda")
+                ).batch
+                for gib in (40, 79.1, 80, 139.8, 141)
+            ]
+            assert found == sorted(found) and found[-1] > 0
+    (tmp_path / "batches.json").write_text(json.dumps({"rows": [ROW]}))
+    assert largest.recorded(tmp_path) == [ROW]
+
+
+def test_a_failure_is_said_and_what_was_found_stays():
+    def attempt(cell, batch, until):
+        if batch == 10:
+            return {"outcome": "failed", "why": "running: its process died", "stale": True}
+        return fits(batch)
+
+    found = last(cell(), [ROW], attempt)
+    assert found["failed"] == "batch 10: running: its process died"
+    assert found["batch"] == 9 and found["next_batch"] is None and found["attempts"] == 2
+
+
+def test_out_of_time_it_says_how_far_it_got_and_goes_on_there():
+    tried = []
+
+    def attempt(cell, batch, until):
+        if len(tried) == 2:
+            raise largest.UnfinishedError
+        return below(5, tried)(cell, batch, until)
+
+    stopped = last(cell(), [ROW], attempt)
+    assert tried == [9, 8] and stopped["next_batch"] == 8 and stopped["batch"] is None
+    assert stopped["failed"] == f"not finished {record.NOT_FINISHED}"
+    del tried[:]
+    found = last(cell(), [ROW], below(5, tried), stopped)
+    assert found["batch"] == 5 and not found["failed"] and max(tried) < 8
+    assert found["attempts"] == 2 + len(tried)
+    late = last(cell(), [ROW], below(5, tried), until=time.time() - 1)
+    assert late["failed"] == record.NOT_BEGUN and late["batch"] is None
+
+
+# What runs in the worker in these tests: it travels by name.
+
+
+def no_trial(cell, batch):
+    return
+
+
+def crash():
+    import os
+
+    os._exit(1)
+
+
+def hang():
+    time.sleep(60)
+
+
+def test_a_crash_and_a_hang_end_as_failures_and_free_the_device(monkeypatch):
+    turn = threading.Lock()
+    monkeypatch.setattr(largest, "prepare", no_trial)
+    monkeypatch.setattr(largest, "RUNNING", 1.0)
+    attempts = largest.Attempts(turn)
+    for work, why in ((crash, "its process died"), (hang, "running took more than 1.0 s")):
+        monkeypatch.setattr(largest, "finish", work)
+        found = attempts(cell(), 1, NEVER)
+        assert found["outcome"] == "failed" and why in found["why"]
+        assert not turn.locked()
+    with pytest.raises(largest.UnfinishedError):
+        attempts(cell(), 1, time.time() + 0.5)
+    attempts.end()
+
+
+def test_out_of_memory_is_known_from_what_is_said():
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+    ):
+        assert largest._failure(error)["outcome"] == "memory"
+    assert largest._failure(RuntimeError("an illegal memory access"))["outcome"] == "failed"
+
+
+def test_real_steps_in_processes_under_a_simulated_memory(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "_commit", lambda: "abc")
+    monkeypatch.setattr(largest, "environment", lambda: {"commit": "abc"})
+    options = {"image": (3, 48, 64), "memories": (0.0025,)}
+    names = ("fullres, bf16", "eager bf16")
+    rows = largest.run(tmp_path, providers=names, **options)
+    ours, eager = rows
+    assert not ours["failed"] and not eager["failed"]
+    assert ours["batch"] > eager["batch"] > 0
+    for row in rows:
+        assert row["next_batch"] == row["batch"] + 1
+        assert row["peak_gib"] <= row["memory_gib"] and "simulated" in row["device"]
+        assert row["peak_gib"] == pytest.approx(row["predicted_peak_gib"], rel=0.02)
+        assert row["predicted_batch"] - row["batch"] in (0, 1)
+    printed = capsys.readouterr().out
+    assert "NOT RUN ON A CARD" in printed and f"{ours['batch']} (" in printed
+    assert (tmp_path / "largest.png").stat().st_size > 1000
+    assert [p.suffix for p in (tmp_path / "plans" / "abc").iterdir()] == [".json"]
+
+    monkeypatch.setattr(largest, "Attempts", None)  # what is known is not tried again
+    assert largest.run(tmp_path, providers=names, **options) == rows
