@@ -29,7 +29,7 @@ import torch
 
 from ..events import EventWriter, SyntheticEvents, generate_file
 from ..events.dataset import FILE_SIZE, SIZE
-from .record import resumed, save, table
+from .record import NOT_BEGUN, NOT_FINISHED, resumed, save, table
 from .worker import FailedError, Worker
 
 REFERENCE = "eager float32"
@@ -48,7 +48,7 @@ METRICS = ("accuracy", "non_background_accuracy", "cosmic_iou", "neutrino_iou", 
 ENDS = ("final_loss", "held_out_loss", "non_background_accuracy", "cosmic_iou", "neutrino_iou")
 # By how much the first step's loss may differ from that of eager float32, which rounds as well.
 FIRST_LOSS = {"fp32": 1e-4, "bf16": 1e-2}
-PATIENCE = 6  # seconds beyond the box in which a run that was told to stop may end its step
+PATIENCE = 3  # seconds beyond the box in which a run that was told to stop may end its step
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def run(out: Path, seconds: float | None = None, setting: Setting | None = None)
                 found = worker(_trained, name, setting, work, until, until=until + PATIENCE)
                 curves[name] = found.pop("losses")
                 row |= found
-            except (FailedError, TimeoutError) as error:  # it must not cost the other runs
+            except TimeoutError:  # in its first step, which compiles and tunes, or for ever
+                row["failed"] = f"no step ended {NOT_FINISHED}"
+            except FailedError as error:  # it must not cost the other runs
                 row["failed"] = str(error)
             keep()
     found = keep()
@@ -157,7 +159,7 @@ def _row(name: str, setting: Setting) -> dict:
         **dict.fromkeys(("images_per_s", "peak_gib", "first_loss_gap", "largest_gap")),
         "outside_spread": None,
         "wrong": "",
-        "failed": "not begun in the seconds allowed",
+        "failed": NOT_BEGUN,
     }
 
 
@@ -192,7 +194,7 @@ def _trained(name: str, setting: Setting, work: Path, until: float) -> dict:
         try:
             train(config, resume="auto")
         except StoppedError:
-            stopped = "stopped half-way in the seconds allowed; the next call goes on"
+            stopped = f"not finished {NOT_FINISHED}; the next call goes on"
     curves = read_curves(folder)
     losses = _values(curves, "training/loss")
     ends = {name: _values(curves, f"validation/{name}") for name in ("loss", *METRICS)}
