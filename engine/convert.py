@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ops.modules import TWINS
-from ..ops.program import Program
+from ..ops.program import Program, Stay
 from .code import Code
 from .fusion import POLICIES, RUNNERS, WHOLE, Fused, fuse, has_hooks
 
@@ -140,7 +140,10 @@ def _apply(model: nn.Module, plan: "Plan") -> None:
             raise ValueError(
                 f"plan: want one of this network ({plan.model}), got {found} for {part.name!r}"
             )
-        planned = program.changed(dropped=part.dropped, remote=part.remote, again=part.again)
+        planned = program.changed(
+            dropped=part.dropped, remote=part.remote, again=part.again,
+            offloaded=tuple(Stay(*stay) for stay in part.offloaded),
+        )  # fmt: skip
         changed[part.name] = planned.joined(part.joined)
     schedule(model, changed)
 

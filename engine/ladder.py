@@ -2,12 +2,15 @@
 
 What a rung takes is known twice: by sums, from one run of the step in which the bytes outside of
 segments are noted, and from `simulate`; and, for the rungs that matter, by running it on fake
-tensors. The rungs do not depend on a budget, so more of it never leads to a slower one.
+tensors. The rungs do not depend on a budget, so more of it never leads to a slower one; nor does
+what each becomes where some of what it holds waits in host memory.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,17 +27,19 @@ from .costs import StepTime, step_times
 from .live_bytes import LiveBytes
 from .memory_report import MemoryReport
 from .meter import meter
+from .offload import Leaving
 from .schedule import Costs, Outcome, Way, frontier, simulate
 
 FAR = 0.1  # of a program's steps, between a slot and its last reader, or at least as many as
 FAR_STEPS = 16
 GROUPS = 2  # of far slots that may be made again
-BESIDE = 0.02  # the sums' error that is allowed for, as a share
+BESIDE = 0.02  # the sums' error that is allowed for, as a share, until one is known
+NEAR = 0.001  # and beside twice those that are known
 _STATES = 192  # kept while segments are combined
 _STEP = 0.004  # peaks nearer than this share are one rung
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rung:
     """A plan.
 
@@ -49,6 +54,16 @@ class Rung:
     seconds: float
     peak: int
     report: MemoryReport | None = None
+
+    @property
+    def host(self) -> int:
+        """The bytes that wait in host memory."""
+        return sum(way.outcome.host for way in self.ways.values())
+
+    @property
+    def held(self) -> int:
+        """The bytes that segments hold on the device from forward to backward."""
+        return sum(way.outcome.held for way in self.ways.values())
 
 
 class _Event(NamedTuple):
@@ -114,6 +129,8 @@ class Ladder:
         self._criterion, self._optimizer = criterion, optimizer
         self._reading = self._read()
         self.rungs = self._rungs(least)
+        self._ran: dict[Rung, Rung] = {}
+        self._families: dict[Rung, _Family] = {}
 
     @property
     def fastest(self) -> float:
@@ -125,33 +142,82 @@ class Ladder:
         """The segments' costs, by their names."""
         return self._reading.costs
 
-    def within(self, budget: int) -> Rung | None:
-        """Return the fastest rung whose step, run on fake tensors, stays within a budget."""
-        for number, rung in enumerate(self.rungs):
-            if rung.peak > budget * (1 + (rung.report is None) * BESIDE):
-                continue
-            rung = self._run(number)
-            if rung.peak <= budget:
-                return rung
-        last = self._run(len(self.rungs) - 1)  # its sum may have been more than it takes
-        return last if last.peak <= budget else None
+    def within(self, budget: int, host: int = 0) -> Rung | None:
+        """Return the fastest rung whose step, run on fake tensors, stays within a budget.
 
-    def least(self) -> Rung:
-        """Return the rung of least memory, of the last and those that were run: it does fit."""
-        self._run(len(self.rungs) - 1)
-        return min((r for r in self.rungs if r.report is not None), key=lambda rung: rung.peak)
+        host: bytes of host memory that it may take, too.
+        """
+        allowed = int(budget * (1 + BESIDE))
+        forward = sum(sum(costs.forward) for costs in self.costs.values())
+
+        def bound(rung: Rung) -> float:
+            """Return the least seconds of a rung whose excess must leave in the forward pass."""
+            excess = max(0, rung.peak - allowed)
+            return rung.seconds + max(0.0, excess / self.hardware.host - forward)
+
+        order = sorted(self.rungs, key=bound)
+        waiting: list[Rung] = []
+        for number, rung in enumerate(order):
+            beside = self._offloaded(rung, host, budget) if rung.peak > budget else []
+            waiting += [each for each in (rung, *beside) if each.peak <= allowed]
+            waiting.sort(key=lambda each: each.seconds)
+            later = bound(order[number + 1]) if rung is not order[-1] else float("inf")
+            while waiting and waiting[0].seconds <= later:
+                first = waiting.pop(0)
+                if first.peak <= budget + self._error(budget):
+                    rung = self._run(first)
+                    if rung.peak <= budget:
+                        return rung
+        least = self.least(host)  # its sum may have been more than it takes
+        return least if least.peak <= budget else None
+
+    def least(self, host: int = 0) -> Rung:
+        """Return the rung of least memory, of the least by sums and those run: it does fit."""
+        least = self.rungs[-1]
+        for rung in reversed(self.rungs) if host else ():
+            if rung.peak - min(host, rung.held) < least.peak:
+                family = self._family(rung)
+                least = min(least, family.rung(family.most(host)), key=lambda each: each.peak)
+        self._run(least)
+        ran = [rung for rung in self._ran.values() if rung.host <= host]
+        return min(ran, key=lambda rung: rung.peak)
 
     def peak_at(self, shape: Sequence[int], rung: Rung) -> int:
         """Return the bytes of a step on an input of another shape, run as a rung says."""
         return self._report(rung, shape).peak
 
-    def _run(self, number: int) -> Rung:
+    def _error(self, budget: int) -> int:
+        """Return the bytes by which a sum near a budget may be more than what a rung takes."""
+        if not self._ran:
+            return int(BESIDE * budget)
+        seen = max(abs(ran.peak - rung.peak) for rung, ran in self._ran.items())
+        return min(2 * seen + int(NEAR * budget), int(BESIDE * budget))
+
+    def _run(self, rung: Rung) -> Rung:
         """Return a rung with its report."""
-        rung = self.rungs[number]
-        if rung.report is None:
+        if rung not in self._ran:
             report = self._report(rung, self.shape)
-            rung = self.rungs[number] = replace(rung, peak=report.peak, report=report)
-        return rung
+            self._ran[rung] = replace(rung, peak=report.peak, report=report)
+        return self._ran[rung]
+
+    def _offloaded(self, rung: Rung, host: int, budget: int) -> list[Rung]:
+        """Return a rung with as much in host memory as makes it fit, and with more."""
+        if rung.peak - min(host, rung.held) > budget:
+            return []
+        family, most = self._family(rung), self._family(rung).most(host)
+        first, last = 1, most + 1
+        while first < last:  # the more is there, the less is here
+            middle = (first + last) // 2
+            if family.rung(middle).peak <= budget:
+                last = middle
+            else:
+                first = middle + 1
+        return [family.rung(count) for count in range(max(1, first - 1), min(first + 3, most) + 1)]
+
+    def _family(self, rung: Rung) -> "_Family":
+        if rung not in self._families:
+            self._families[rung] = _Family(self._reading, rung)
+        return self._families[rung]
 
     def _report(self, rung: Rung, shape: Sequence[int]) -> MemoryReport:
         model = self._reading.model
@@ -213,6 +279,7 @@ class Ladder:
             {number: 4 * prod(shape) for number, shape in shapes.items()},
             # Each join before it has made the convolution's number one less.
             {write: tuple(together[write - n]) for n, write in enumerate(writes)},
+            host=self.hardware.host,
         )
 
     # The rungs
@@ -232,6 +299,35 @@ class Ladder:
             if not near or (rung.peak == least_peak < rungs[-1].peak):
                 rungs.append(rung)
         return rungs
+
+
+class _Family:
+    """A rung with the first 0, 1, 2, ... of the slots that may leave in host memory."""
+
+    def __init__(self, reading: _Reading, rung: Rung):
+        self._reading = reading
+        self._leaving = [
+            (name, Leaving(reading.costs[name], way)) for name, way in rung.ways.items()
+        ]
+        self._known: dict[int, Rung] = {0: rung}
+        sizes = [reading.costs[n].bytes[slot] for n, each in self._leaving for slot in each.slots]
+        self._sizes = [0, *accumulate(sizes)]
+
+    def most(self, host: int) -> int:
+        """Return how many slots host memory suffices for."""
+        return bisect_right(self._sizes, host) - 1
+
+    def rung(self, count: int) -> Rung:
+        """Return the rung with so many slots there."""
+        if count not in self._known:
+            ways, left = {}, count
+            for name, leaving in self._leaving:
+                ways[name] = leaving.way_with(min(left, len(leaving.slots)))
+                left -= min(left, len(leaving.slots))
+            outcomes = {name: way.outcome for name, way in ways.items()}
+            seconds = sum(outcome.seconds for outcome in outcomes.values())
+            self._known[count] = Rung(ways, seconds, self._reading.peak(outcomes))
+        return self._known[count]
 
 
 class _Note(NamedTuple):

@@ -32,8 +32,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": torch.optim.SGD,
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-VERSION = 1  # of the file
+VERSION = 2  # of the file
 _LISTS = ("dropped", "remote", "joined")  # of numbers, in a segment's plan
+_TUPLES = ("again", "offloaded")  # of such lists
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Row:
     """Steps that are treated alike."""
 
     layers: str  # the first and the last module
-    policy: str  # "keep", "closing", or "series" with how deep it nests
-    stored: int  # bytes from forward to backward
+    policy: str  # "keep", "closing", or "series" with how deep it nests; and "offload"
+    stored: int  # bytes from forward to backward, on the device
     again: float  # seconds of what is made again
     why: str
 
@@ -51,7 +52,7 @@ class Row:
 class SegmentPlan:
     """How one segment is to run; the lists are those of `ops.program.Program`.
 
-    `again` numbers the steps as they are before `joined` writes are joined.
+    `again` and `offloaded` number the steps as they are before `joined` writes are joined.
     """
 
     name: str  # of its module, and of it there
@@ -60,6 +61,7 @@ class SegmentPlan:
     remote: tuple[int, ...]
     again: tuple[tuple[int, int], ...]
     joined: tuple[int, ...]
+    offloaded: tuple[tuple[int, int, int], ...]
     rows: tuple[Row, ...]
 
 
@@ -78,6 +80,7 @@ class Plan:
         optimizer: its name.
         reserve: bytes that were left free for what lies beside the step.
         peak_bytes: of the step, reserve among them.
+        host_bytes: that wait in pinned host memory between forward and backward.
         seconds: of the segments' steps, by roofline.
         time_ratio: by how much longer that is than without a limit of memory.
         segments: their schedules.
@@ -92,6 +95,7 @@ class Plan:
     optimizer: str
     reserve: int
     peak_bytes: int
+    host_bytes: int
     seconds: float
     time_ratio: float
     segments: tuple[SegmentPlan, ...]
@@ -107,8 +111,9 @@ class Plan:
             f"{self.time_ratio:.2f} times the time without a limit ({self.hardware}, by roofline)",
             f"input {readable(r.input)}, parameters {readable(r.parameters)}, gradients "
             f"{readable(r.gradients)}, optimizer {readable(r.optimizer)}, stored "
-            f"{readable(r.stored)}, reserve {readable(self.reserve)}; the peak is in "
-            f"{r.peak_at.phase}, at {r.peak_at.module or 'no module'}",
+            f"{readable(r.stored)}, reserve {readable(self.reserve)}; on the host "
+            f"{readable(self.host_bytes)}; the peak is in {r.peak_at.phase}, at "
+            f"{r.peak_at.module or 'no module'}",
             "",
         ]
         table = [("layers", "policy", "stored", "made again", "why")]
@@ -176,7 +181,7 @@ class Plan:
                 SegmentPlan(
                     **part
                     | {name: tuple(part[name]) for name in _LISTS}
-                    | {"again": tuple(map(tuple, part["again"]))}
+                    | {name: tuple(map(tuple, part[name])) for name in _TUPLES}
                     | {"rows": tuple(Row(**row) for row in part["rows"])}
                 )
                 for part in raw["segments"]
@@ -207,6 +212,7 @@ def plan(
     hardware: str | Hardware | None = None,
     optimizer: str | Optimizer | None = "adamw",
     reserve: int | str = 0,
+    host_memory: int | str = 0,
 ) -> Plan:
     """Return the fastest way to train a network on one input within a budget of memory.
 
@@ -228,18 +234,23 @@ def plan(
             present one, and where there is none an H200.
         optimizer: "adamw", "adam", "momentum", "sgd", what makes one of parameters, or None.
         reserve: bytes to leave for what lies beside the step, such as labels or workspaces.
+        host_memory: bytes of host memory, which is pinned, that stored maps may wait in. Copies
+            run beside computation, as far as that goes on long enough; where making a map again
+            takes less time than waiting for its copy, it is made again.
 
     Raises:
         ValueError: an argument is not one of these, the model is already converted.
         InfeasibleError: a ValueError; the smallest budget that suffices is named.
     """
     budget, free = parse_memory(memory, "memory"), parse_memory(reserve, "reserve")
+    host = parse_memory(host_memory, "host_memory")
     ladder = _ladder(model, input_shape, criterion, dtype, hardware, optimizer)
-    found = ladder.within(budget - free)
+    found = ladder.within(budget - free, host)
     if found is None:
-        least = ladder.least().peak + free
+        least = ladder.least(host).peak + free
+        beside = f" and {readable(host)} of the host's" if host else ""
         raise InfeasibleError(
-            f"memory: want at least {readable_up(least)} for {_shown(input_shape)} in "
+            f"memory: want at least {readable_up(least)}{beside} for {_shown(input_shape)} in "
             f"{_name(dtype)}, got {readable(budget)}",
             least,
         )
@@ -327,8 +338,9 @@ def _largest(
     The schedule that takes least is much the same for all sizes. So it is found at the first size,
     run where it may just fit, and found anew one size larger, until that does not fit.
     """
-    if unknown := {*options} - {"criterion", "dtype", "hardware", "optimizer"}:
+    if unknown := {*options} - {"criterion", "dtype", "hardware", "optimizer", "host_memory"}:
         raise TypeError(f"unexpected argument {', '.join(sorted(unknown))}")
+    host = parse_memory(options.get("host_memory", 0), "host_memory")
     first = min(first, limit)
 
     def ladder(n: int) -> Ladder:
@@ -340,14 +352,16 @@ def _largest(
     largest, size = 0, first
     while True:  # a schedule found at one size may be worse than another at the next
         found = ladder(size)
-        rung = found.least()
-        if rung.peak > budget and size != first:
+        least = found.least(host).peak
+        if least > budget and size != first:
             return largest
-        taken = {size: rung.peak}
+        taken = {size: least}
 
-        def peak(n: int, found: Ladder = found, rung: Rung = rung, taken: dict = taken) -> int:
+        def peak(n: int, size: int = size, found: Ladder = found, taken: dict = taken) -> int:
             if n not in taken:
-                taken[n] = found.peak_at(shape(n), rung)
+                # A schedule's bytes are close to proportional to the pixels, on the host too.
+                share = host * _pixels(shape(size)) // _pixels(shape(n))
+                taken[n] = found.peak_at(shape(n), found.least(share))
             return taken[n]
 
         largest = max(largest, _along(peak, shape, budget, size, limit))
@@ -455,7 +469,7 @@ def _plan_of(
         segments.append(
             SegmentPlan(
                 name, program.signature, program.dropped, program.remote, program.again,
-                joined, tuple(rows),
+                joined, program.offloaded, tuple(rows),
             )
         )  # fmt: skip
     if optimizer is not None and not isinstance(optimizer, str):
@@ -469,6 +483,7 @@ def _plan_of(
         optimizer=optimizer or "no optimizer",
         reserve=free,
         peak_bytes=rung.peak + free,
+        host_bytes=rung.host,
         seconds=rung.seconds,
         time_ratio=rung.seconds / ladder.fastest,
         segments=tuple(segments),
@@ -479,8 +494,9 @@ def _plan_of(
 def _rows(costs: Costs, program: Program) -> list[Row]:
     """Return what a plan's table says of a segment."""
     schedule = program.schedule(costs.needs)
-    counts = walked(costs, program)
+    counts = walked(costs, program).counts
     kept = {slot for slot in schedule.kept if slot >= program.inputs}
+    hosted = {stay.slot for stay in schedule.stays}
     ends, edges = {s.start: s.stop for s in schedule.stretches}, {0, len(program.steps)}
     edges |= {edge for s in schedule.stretches for edge in (s.start, s.stop)}
     rows = []
@@ -503,6 +519,8 @@ def _rows(costs: Costs, program: Program) -> list[Row]:
             why = f"{readable(max(0, saved))} less for {1e3 * again:.2f} ms"
         else:
             policy, why = "keep", "fits"
+        if away := sum(costs.bytes[s] for s in hosted if start <= program.producers[s] < stop):
+            policy, why = f"{policy}, offload", f"{why}; {readable(away)} on the host"
         rows.append(Row(layers, policy, stored, again, why))
     return rows
 

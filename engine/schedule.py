@@ -27,9 +27,11 @@ from ..ops.program import (
     Conv,
     Program,
     Source,
+    Stay,
     cheap,
     closing,
     expanded,
+    first_leaves,
     made,
     read,
     source_asks,
@@ -57,6 +59,7 @@ class Costs:
         joins: of writes that can be joined, the seconds of the convolution that does them too:
             forward, again and backward.
         given: the bytes of outputs' gradients as they come, where they are not an image's.
+        host: bytes a second to host memory and back.
     """
 
     program: Program
@@ -68,6 +71,7 @@ class Costs:
     parameters: Mapping[int, int] = field(default_factory=dict)
     joins: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
     given: Mapping[int, int] = field(default_factory=dict)
+    host: float = float("inf")
 
     @property
     def seconds(self) -> float:
@@ -91,7 +95,10 @@ class Costs:
                 if number not in writes
             ]
             columns.append(tuple(seconds))
-        return Costs(program, self.needs, self.bytes, *columns, self.parameters, given=self.given)
+        return Costs(
+            program, self.needs, self.bytes, *columns, self.parameters, given=self.given,
+            host=self.host,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,14 @@ class Outcome:
         peak: the most bytes alive in the backward pass, with the gradients of outputs, until they
             are used, and of parameters; inputs and their gradients' users are not counted.
         seconds: of the whole step.
+        host: bytes that wait in host memory.
     """
 
     held: int
     flow: int
     peak: int
     seconds: float
+    host: int = 0
 
     @property
     def most(self) -> int:
@@ -119,17 +128,13 @@ class Outcome:
 
 def simulate(costs: Costs, program: Program | None = None) -> Outcome:
     """Return what a schedule costs: that of `program`, or else of costs.program."""
-    return _walk_through(costs, program or costs.program)[0]
+    return walked(costs, program or costs.program).outcome
 
 
-def walked(costs: Costs, program: Program) -> Sequence[int]:
-    """Return how often a schedule makes each step's values again."""
-    return _walk_through(costs, program)[1].counts
-
-
-def _walk_through(costs: Costs, program: Program) -> "tuple[Outcome, _Walk]":
+def walked(costs: Costs, program: Program) -> "Walked":
+    """Return what happens when a schedule is walked through."""
     schedule = program.schedule(costs.needs)
-    walk = _Walk(costs, schedule.asks, schedule.reads)
+    walk = Walked(costs, schedule.asks, schedule.reads, stays=schedule.stays)
     walk.forward(0, len(program.steps), {*schedule.kept, *program.outputs})
     flow = walk.peak
     for slot in program.outputs:
@@ -139,16 +144,25 @@ def _walk_through(costs: Costs, program: Program) -> "tuple[Outcome, _Walk]":
     walk.begin(len(program.steps))
     walk.peak = walk.now
     walk.steps(0, len(program.steps), schedule.stretches)
-    return Outcome(held, flow, walk.peak, costs.seconds + walk.seconds), walk
+    host = sum(costs.bytes[slot] for slot in {stay.slot for stay in schedule.stays})
+    walk.outcome = Outcome(held, flow, walk.peak, costs.seconds + walk.seconds, host)
+    return walk
 
 
-class _Walk(Walk):
+class Walked(Walk):
     """A pass through a program, with bytes in place of images.
 
     Attributes:
+        outcome: what it costs, of a whole program.
+        counts: how often each step is made again.
+        places: when forward came to each, from 0 on.
+        arrivals: (place, when) as backward came to each for the first time.
+        asked: when backward asked for each slot that can be away.
         gradients: slot or (norm,): the storage that its gradient is in.
         storages: bytes, users, and whether it may be added to in place.
     """
+
+    outcome: Outcome
 
     def __init__(
         self,
@@ -157,19 +171,26 @@ class _Walk(Walk):
         reads: Sequence[frozenset[int]],
         since: int = 0,
         gone: frozenset[int] = frozenset(),
+        stays: Sequence[Stay] = (),
     ):
         """Begin with nothing alive.
 
-        asks, reads: as of `Schedule`. since: what steps before it make is there, and weighs
+        asks, reads, stays: as of `Schedule`. since: what steps before it make is there, and weighs
         nothing, but for slots in `gone`, which nobody holds.
         """
-        super().__init__(costs.program, reads, set())
+        super().__init__(costs.program, reads, set(), stays)
+        self.leaves = first_leaves(stays)
         self.costs, self.asks, self.since, self.gone = costs, asks, since, gone
         self.of = costs.needs[self.program.inputs :]
         self.gradients: dict[int | tuple[int], int] = {}
         self.storages: dict[int, list] = {}
         self.now, self.peak, self.seconds, self.numbers = 0, 0, 0.0, 0
         self.counts = [0] * len(self.program.steps)
+        self.clock, self.bus = 0.0, 0.0  # until when steps, and copies, are done
+        self.copied: dict[int, float] = {}  # when the last copy of a slot, there or back, is done
+        self.coming: set[int] = set()
+        self.places, self.arrivals = [0.0], []
+        self.asked: dict[int, list[float]] = {slot: [] for slot in self.leaves}
         self.graded: set[int] = set()  # parameters that have a gradient
 
     # Values
@@ -201,11 +222,33 @@ class _Walk(Walk):
         """Run steps, as in the forward pass; `held` stay."""
         for number in range(start, stop):
             step = self.program.steps[number]
+            self.clock += self.costs.forward[number]
             for slot in made(step):
                 self.put(slot)
+                if slot in self.leaves:
+                    self.copy(slot)
             for slot in {*read(step), *made(step)}:
-                if self.program.last_reader.get(slot, -1) <= number and slot not in held:
+                known = slot in held or slot in self.leaves
+                if self.program.last_reader.get(slot, -1) <= number and not known:
                     self.drop(slot)
+            for slot, place in self.leaves.items():
+                if place == number + 1:
+                    self.wait(slot)
+                    self.drop(slot)
+            self.places.append(self.clock)
+
+    # Host memory
+
+    def copy(self, slot: int) -> None:
+        """Copy a slot to the host or back, after the copies that are under way."""
+        self.bus = max(self.clock, self.bus) + self.costs.bytes[slot] / self.costs.host
+        self.copied[slot] = self.bus
+
+    def wait(self, slot: int) -> None:
+        """Wait until a slot's copy is done."""
+        waited = max(0.0, self.copied[slot] - self.clock)
+        self.clock += waited
+        self.seconds += waited
 
     # What `Walk` asks
 
@@ -221,6 +264,34 @@ class _Walk(Walk):
             self.put(slot)
         self.counts[number] += 1
         self.seconds += self.costs.again[number]
+        self.clock += self.costs.again[number]
+
+    def arrive(self, place: int) -> None:
+        """Note when."""
+        if not self.arrivals or place < self.arrivals[-1][0]:
+            self.arrivals.append((place, self.clock))
+        super().arrive(place)
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to copy a slot back."""
+        if slot not in self.coming:
+            self.coming.add(slot)
+            self.copy(slot)
+            self.grow(self.weight(slot))
+
+    def fetch(self, slot: int, last: bool) -> None:
+        """Have a slot back."""
+        self.prefetch(slot)
+        self.coming.remove(slot)
+        self.asked[slot].append(self.clock)
+        self.wait(slot)
+        self.values.add(slot)
+
+    def ensure(self, slot: int) -> None:
+        """Note who asks."""
+        if slot in self.asked and slot in self.values:
+            self.asked[slot].append(self.clock)
+        super().ensure(slot)
 
     # Gradients
 
@@ -324,6 +395,7 @@ class _Walk(Walk):
             dz = self.image_gradient(step.out)
             if dz is not None:
                 self.through(step.source, dz)
+        self.clock += self.costs.backward[number]
 
     def convolution(self, step: Conv) -> None:
         """Go backward through a convolution."""
@@ -704,8 +776,8 @@ class _Search:
         self._leaves[key] = found
         return found
 
-    def _walk(self, since: int) -> _Walk:
-        return _Walk(self.costs, self.asks, self.reads, since, self.remote)
+    def _walk(self, since: int) -> Walked:
+        return Walked(self.costs, self.asks, self.reads, since, self.remote)
 
     def _rerun(self, start: int, stop: int, wanted: Iterable[int]) -> float:
         """Return the seconds of making slots inside a range again."""

@@ -12,10 +12,9 @@ the allocator, asked for more, finds that copy done: but Python is many kernels 
 finds none done, and takes new memory for each tensor that it meant to save, how much depending on
 time. So an `Offloaded` holds its tensor until it is settled: the computing stream then waits for
 the copy, and what is freed is free for it at once, whatever the device is at. That is at a known
-place of the program: where the device's next tensor is offloaded, or earlier where someone calls
-`settle`, `prefetch` or drops the object. One tensor a device, the last that was offloaded, may thus
-take memory longer than its readers need it. The same happens on fake tensors, so what the meter
-counts is what the device holds.
+place of the program: where someone calls `settle` or `prefetch`, or drops the object. The later
+that is, the more of the copy runs beside computation, and the longer the tensor takes memory. The
+same happens on fake tensors, so what the meter counts is what the device holds.
 
 The copy back is allocated on the computing stream, and written by the side stream after all that
 was launched on the former until then, so it may lie where a freed tensor lay. The computing stream
@@ -65,7 +64,7 @@ class Offloaded:
     """
 
     def __init__(self, x: Tensor, pool: "HostPool | None" = None):
-        """Start the copy to the host, after what is on the current stream; settle the one before.
+        """Start the copy to the host, after what is on the current stream.
 
         Each object is a copy of its own, also of the same tensor. The caller drops x. Until the
         object is settled nobody may write to x, and x's memory is not given back.
@@ -93,8 +92,6 @@ class Offloaded:
         if not fake and x.device.type not in ("cpu", "cuda", "meta"):
             raise ValueError(f"x: want it on cpu, cuda or meta, got {x.device}")
         lane = _lane(x.device, fake)
-        lane.settle()
-
         x = x.detach()
         if x.is_conj() or x.is_neg():  # bits of the tensor that its elements do not show
             x = x.resolve_conj().resolve_neg()
@@ -123,7 +120,6 @@ class Offloaded:
         if self._side is not None:
             self._copied = self._side.record_event()
         self._source = x
-        lane.unsettled = weakref.ref(self)
 
     def settle(self) -> None:
         """Let go of x: its memory is free for what the stream it was offloaded from runs next.
@@ -220,13 +216,6 @@ class _Lane:
 
     stream: torch.cuda.Stream | None
     pool: "HostPool"
-    unsettled: Callable[[], Offloaded | None] = lambda: None
-
-    def settle(self) -> None:
-        """Settle what was offloaded last, if it lives."""
-        last = self.unsettled()
-        if last is not None:
-            last.settle()
 
 
 _lanes: dict[tuple[torch.device, bool], _Lane] = {}

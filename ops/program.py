@@ -8,7 +8,8 @@ in the `Source` through which a later step reads a slot. What torch's own operat
 A program says what it computes, and what of it is held for backward: all that its gradients need,
 but slots in `dropped`, which are made again where they are read; those in `remote`, which are so
 outside of the stretch that makes them; and what is made inside a stretch of `again`, which backward
-runs once more before it goes through it. `schedule` works that out.
+runs once more before it goes through it. Some of what is held may be `offloaded` meanwhile.
+`schedule` works that out.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -121,6 +122,21 @@ class Call:
 Step = Conv | Write | Call
 
 
+class Stay(NamedTuple):
+    """A slot's stay in host memory; the places are the numbers of the steps that come after them.
+
+    Attributes:
+        slot: which; it is copied when it is made.
+        leaves: the device has it until forward comes to this place, or for another than a slot's
+            first stay, backward.
+        returns: its copy back begins when backward comes to this place, or when it is read.
+    """
+
+    slot: int
+    leaves: int
+    returns: int
+
+
 @dataclass(frozen=True)
 class Norm:
     """A batch normalisation of a slot; the rest are numbers of parameters, or None."""
@@ -144,6 +160,8 @@ class Program:
         remote: slots that no other than a stretch that makes them holds.
         again: stretches of steps (start, stop), which may nest but not overlap otherwise. Backward
             comes to a stretch from behind, runs it again, and goes through it.
+        offloaded: where slots wait in host memory, if they are held for backward; what is to be
+            back first comes first.
         text: the program as JSON, from which `parsed` makes it again; none where it has calls.
         norms_of: the numbers of each slot's norms.
         producers: the number of the step that makes each slot but the inputs.
@@ -160,6 +178,7 @@ class Program:
     dropped: tuple[int, ...] = ()
     remote: tuple[int, ...] = ()
     again: tuple[tuple[int, int], ...] = ()
+    offloaded: tuple[Stay, ...] = ()
     _schedules: dict[tuple[bool, ...], "Schedule"] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -210,7 +229,7 @@ class Program:
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def changed(self, **changes: Any) -> "Program":
-        """Return the program with other `dropped`, `remote` or `again`."""
+        """Return the program with other `dropped`, `remote`, `again` or `offloaded`."""
         return replace(self, **changes, _schedules={})
 
     def joinable(self) -> frozenset[int]:
@@ -228,10 +247,12 @@ class Program:
         """Return the program where convolutions do these writes as they read what is written.
 
         Raises:
-            ValueError: a write is not joinable, or a stretch ends between it and its convolution.
+            ValueError: a write is not joinable, or a stretch ends between it and its convolution,
+                or a slot leaves or returns there.
         """
         writes = frozenset(writes)
         edges = {edge for stretch in self.again for edge in stretch}
+        edges |= {place for stay in self.offloaded for place in stay[1:]}
         if not writes <= self.joinable() or any(number + 1 in edges for number in writes):
             raise ValueError(f"writes: want some that can be joined, got {sorted(writes)}")
         if not writes:
@@ -251,9 +272,11 @@ class Program:
             names += self.names[number : number + 1]
         position.append(len(steps))
         again = tuple((position[start], position[stop]) for start, stop in self.again)
+        offloaded = tuple(Stay(s, position[a], position[b]) for s, a, b in self.offloaded)
         return replace(
-            self, steps=tuple(steps), names=tuple(names), again=again, _schedules={}, _facts={}
-        )
+            self, steps=tuple(steps), names=tuple(names), again=again, offloaded=offloaded,
+            _schedules={}, _facts={},
+        )  # fmt: skip
 
     def schedule(self, needs: Sequence[bool]) -> "Schedule":
         """Return what backward needs and when.
@@ -266,7 +289,7 @@ class Program:
         return self._schedules[key]
 
 
-_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "remote", "again")
+_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "remote", "again", "offloaded")
 
 
 @cache
@@ -288,6 +311,7 @@ def parsed(text: str) -> Program:
     raw["steps"] = tuple(step(s, kind) for s, kind in zip(raw["steps"], kinds, strict=True))
     raw["norms"] = tuple(Norm(**n) for n in raw["norms"])
     raw["again"] = tuple(tuple(stretch) for stretch in raw["again"])
+    raw["offloaded"] = tuple(Stay(*stay) for stay in raw["offloaded"])
     lists = ("outputs", "names", "dropped", "remote")
     return Program(**raw | {name: tuple(raw[name]) for name in lists})
 
@@ -348,14 +372,16 @@ class Schedule:
     Attributes:
         asks: the slots whose gradient somebody upstream asks for.
         reads: the slots that each step's backward reads.
-        kept: the slots to keep from forward to backward, in order.
+        kept: the slots to keep on the device from forward to backward, in order.
         stretches: the outermost stretches that are run again.
+        stays: of the slots that are kept on the host instead.
     """
 
     asks: frozenset[int]
     reads: tuple[frozenset[int], ...]
     kept: tuple[int, ...]
     stretches: tuple[Stretch, ...]
+    stays: tuple[Stay, ...] = ()
 
 
 def term_asks(program: Program, term: Term, asks: Iterable[int], of: Sequence[bool]) -> bool:
@@ -408,7 +434,28 @@ def _schedule(program: Program, needs: Sequence[bool]) -> Schedule:
     root = _stretch(program, reads, 0, len(program.steps), sorted(program.again, key=_outer_first))
     kept = expanded(program, root.held | root.outside, {*program.dropped, *program.remote})
     kept |= {slot for slot in range(program.inputs) if slot in program.norms_of} & asks
-    return Schedule(asks, reads, tuple(sorted(kept)), root.inner)
+    stays = _stays(program, kept)
+    kept -= {stay.slot for stay in stays}
+    return Schedule(asks, reads, tuple(sorted(kept)), root.inner, stays)
+
+
+def first_leaves(stays: Iterable[Stay]) -> dict[int, int]:
+    """Return the place of the forward pass at which each slot leaves."""
+    found: dict[int, int] = {}
+    for stay in stays:
+        found.setdefault(stay.slot, stay.leaves)
+    return found
+
+
+def _stays(program: Program, kept: Container[int]) -> tuple[Stay, ...]:
+    """Return when slots that are kept are on the host; inputs and outputs are others' to hold."""
+    for slot, place in first_leaves(program.offloaded).items():
+        unread = max(program.producers.get(slot, -1), program.last_reader.get(slot, -1)) + 1
+        if not unread <= place <= len(program.steps):
+            wanted = f"slot {slot} to leave between {unread} and {len(program.steps)}"
+            raise ValueError(f"offloaded: want {wanted}, got {place}")
+    outside = {*range(program.inputs), *program.outputs}
+    return tuple(s for s in program.offloaded if s.slot in kept and s.slot not in outside)
 
 
 def _outer_first(stretch: tuple[int, int]) -> tuple[int, int]:

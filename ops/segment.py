@@ -3,7 +3,8 @@
 A program has no side effects, so it may run any number of times: `run` moves the running statistics
 once, outside it, and the random numbers that a call draws are drawn again as they were. What is
 made again uses the norms of the forward pass. Ranks talk when a norm is made and when its gradient
-is, never when something is made again.
+is, never when something is made again. Of slots that wait in host memory, what leaves the device
+and what returns, and when, is the program's to say; the bits are the same.
 
 The outputs' gradients do not come to the segment's own node, which would hold all of them until
 its last step is done, but to nodes of their own, which lay each where its step takes it.
@@ -29,6 +30,7 @@ from .conv_wgrad import conv2d_wgrad
 from .fuse import resampled_size
 from .geometry import Geometry, want
 from .norm import batch_norm_backward, batch_norm_eval, batch_norm_forward, merge_moments
+from .offload import Offloaded
 from .pointwise import moments as moments_of
 from .pointwise import normalised_gradient, prologue, prologue_backward
 from .program import (
@@ -36,8 +38,10 @@ from .program import (
     Conv,
     Program,
     Source,
+    Stay,
     Step,
     Term,
+    first_leaves,
     made,
     parsed,
     read,
@@ -200,6 +204,7 @@ class Pass:
         dtype: of the inputs, and so of all images that fused steps read.
         autocast: what it was, or None where it was off.
         drawn: the states of the random generators before each call that draws, by its slot.
+        offloaded: slots that wait in host memory.
     """
 
     program: Program
@@ -217,13 +222,16 @@ class Pass:
     dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
     drawn: dict[int, list[Tensor]] = field(default_factory=dict)
+    offloaded: dict[int, Offloaded] = field(default_factory=dict)
 
-    def forward(self, tensors: Sequence[Tensor | None], kept: Sequence[int]) -> _Made:
-        """Run forward; tensors are inputs and parameters."""
+    def forward(
+        self, tensors: Sequence[Tensor | None], kept: Sequence[int], stays: Sequence[Stay] = ()
+    ) -> _Made:
+        """Run forward; tensors are inputs and parameters, kept and stays as of `Schedule`."""
         device, self.dtype = tensors[0].device.type, tensors[0].dtype
         if torch.is_autocast_enabled(device):
             self.autocast = torch.get_autocast_dtype(device)
-        made = _forward(self, tensors, kept)
+        made = _forward(self, tensors, kept, stays)
         self.moments = made.moments
         return made
 
@@ -236,7 +244,7 @@ class _Segment(torch.autograd.Function):
         program = pass_.program
         schedule = program.schedule(pass_.needs)
         _tell(pass_, "forward")
-        found = pass_.forward(tensors, schedule.kept)
+        found = pass_.forward(tensors, schedule.kept, schedule.stays)
         pass_.outputs = dict(enumerate(found.outputs))
         pass_.sizes = found.sizes
         pass_.shapes = [None if t is None else t.shape for t in tensors[program.inputs :]]
@@ -265,11 +273,13 @@ class _Segment(torch.autograd.Function):
         norms = saved[len(kept) :][: len(pass_.program.norms)]
         parameters = saved[len(kept) + len(norms) :]
         del saved
+        hosted = dict(pass_.offloaded)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.maybe_clear_saved_tensors()  # so that each is freed when its step is done
+            pass_.offloaded = {}
         _tell(pass_, "backward")
         gradients, pass_.gradients = pass_.gradients, {}
-        made = _backward(pass_, gradients, slots, norms, parameters)
+        made = _backward(pass_, gradients, slots, norms, parameters, hosted)
         _tell(pass_, "backward done")
         results = [
             None if gradient is None else gradient.to(dtype)
@@ -298,7 +308,12 @@ class _Output(torch.autograd.Function):
 # Forward
 
 
-def _forward(pass_: Pass, tensors: Sequence[Tensor | None], kept: Sequence[int]) -> _Made:
+def _forward(
+    pass_: Pass,
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[int],
+    stays: Sequence[Stay],
+) -> _Made:
     """Run a program; tensors are its inputs and parameters, kept the slots to return."""
     program, batch = pass_.program, pass_.batch
     values = dict(enumerate(tensors[: program.inputs]))
@@ -306,7 +321,8 @@ def _forward(pass_: Pass, tensors: Sequence[Tensor | None], kept: Sequence[int])
     norms: dict[int, Tensor] = {}
     moments: dict[int, Tensor] = {}
     sizes = {slot: list(t.shape) for slot, t in values.items()}
-    held = {*program.outputs, *kept}
+    leaves = first_leaves(stays)
+    held = {*program.outputs, *kept, *leaves}
 
     def normalise(slot: int, found: Tensor | None) -> None:
         for number in program.norms_of.get(slot, ()):
@@ -340,9 +356,15 @@ def _forward(pass_: Pass, tensors: Sequence[Tensor | None], kept: Sequence[int])
             for slot in made(step):
                 sizes[slot] = list(values[slot].shape)
                 normalise(slot, found if slot == step.out else None)
+                if slot in leaves:
+                    pass_.offloaded[slot] = Offloaded(values[slot])
         for slot in {*read(step), *made(step)}:
             if program.last_reader.get(slot, -1) <= number and slot not in held:
                 values.pop(slot, None)
+        for slot, place in leaves.items():
+            if place == number + 1:
+                values.pop(slot)
+                pass_.offloaded[slot].settle()
     return _Made(
         [values[slot] for slot in program.outputs],
         [moments[n] for n in range(len(program.norms)) if batch[n]],
@@ -501,15 +523,17 @@ def _backward(
     values: dict[int, Tensor],
     norms: Sequence[Tensor],
     parameters: Sequence[Tensor | None],
+    hosted: dict[int, Offloaded],
 ) -> list[Tensor | None]:
     """Return a gradient for each input and parameter, None where none flows or is asked for.
 
-    gradients: of outputs, by their numbers; they are taken out as they are used, as are values.
+    gradients: of outputs, by their numbers; they are taken out as they are used, as are values and
+    what is hosted.
     """
     program = pass_.program
     if not gradients:
         return [None] * len(pass_.needs)
-    run = _Backward(pass_, gradients, values, dict(enumerate(norms)), parameters)
+    run = _Backward(pass_, gradients, values, dict(enumerate(norms)), parameters, hosted)
     run.steps(0, len(program.steps), run.schedule.stretches)
     found = [run.image_gradient(slot) for slot in range(program.inputs)]
     found += [run.parameter_gradients.get(n) for n in range(program.parameters)]
@@ -525,11 +549,12 @@ class _Backward(Walk):
         parameter_gradients: of parameters, by number.
     """
 
-    def __init__(self, pass_, outputs, values, norms, parameters):
+    def __init__(self, pass_, outputs, values, norms, parameters, hosted):
         self.schedule = pass_.program.schedule(pass_.needs)
-        super().__init__(pass_.program, self.schedule.reads, values)
+        super().__init__(pass_.program, self.schedule.reads, values, self.schedule.stays)
         self.pass_, self.sizes = pass_, pass_.sizes
         self.outputs, self.norms, self.parameters = outputs, norms, parameters
+        self.hosted = hosted
         self.asks, self.of = self.schedule.asks, pass_.needs[self.program.inputs :]
         self.numbers = {slot: number for number, slot in enumerate(self.program.outputs)}
         self.gradients: dict[int, tuple[Tensor, bool]] = {}
@@ -573,6 +598,16 @@ class _Backward(Walk):
     def drop(self, slot: int) -> None:
         """Let a slot go."""
         self.values.pop(slot, None)
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to copy a slot back."""
+        self.hosted[slot].prefetch()
+
+    def fetch(self, slot: int, last: bool) -> None:
+        """Put a slot back; the last time, the host's memory is free, unless the graph is kept."""
+        there = self.hosted.pop(slot) if last else self.hosted[slot]
+        self.values[slot] = there.wait()
+        there.release()
 
     def value(self, slot: int) -> Tensor:
         """Return a slot, made again where it is not held."""
@@ -854,7 +889,7 @@ def _backward_listed(
     pass_.sizes = slot_sizes(program, inputs, [None if p is None else p.shape for p in parameters])
     given = {number: g for number, g in enumerate(gradients) if g is not None}
     like = norms[0] if norms else slots[0] if slots else next(iter(given.values()))
-    found = _backward(pass_, given, dict(zip(kept, slots, strict=True)), norms, parameters)
+    found = _backward(pass_, given, dict(zip(kept, slots, strict=True)), norms, parameters, {})
     return [
         like.new_empty(0) if gradient is None else gradient
         for gradient, need in zip(found, needs, strict=True)

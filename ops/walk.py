@@ -1,4 +1,4 @@
-"""How backward goes through a program: what it makes again and when, and what it lets go.
+"""How backward goes through a program: what it makes again and when, what returns, what it lets go.
 
 This order is kept once, for who runs it, with images (ops/segment.py), and for who counts what it
 will take, with numbers in their place (engine/schedule.py).
@@ -7,7 +7,7 @@ will take, with numbers in their place (engine/schedule.py).
 from abc import ABC, abstractmethod
 from collections.abc import Collection, MutableMapping, MutableSet, Sequence
 
-from .program import Program, Stretch, made, read
+from .program import Program, Stay, Stretch, made, read
 
 
 class Walk(ABC):
@@ -16,6 +16,7 @@ class Walk(ABC):
     Attributes:
         reads: of `Schedule`.
         values: the slots that are there.
+        away: the slots that are on the host.
     """
 
     def __init__(
@@ -23,9 +24,17 @@ class Walk(ABC):
         program: Program,
         reads: Sequence[frozenset[int]],
         values: MutableMapping[int, object] | MutableSet[int],
+        stays: Sequence[Stay] = (),
     ):
-        """Begin at the end of the program."""
+        """Begin at the end of the program; stays: as of `Schedule`."""
         self.program, self.reads, self.values = program, reads, values
+        self.away = {stay.slot for stay in stays}
+        later = [
+            stay for n, stay in enumerate(stays) if any(s.slot == stay.slot for s in stays[:n])
+        ]
+        # Of both, what is next is the last.
+        self._leaving = sorted(later, key=lambda stay: stay.leaves)
+        self._returning = sorted(reversed(stays), key=lambda stay: stay.returns)
         self._fresh: list[int] = []  # slots that were made again when they were asked for
         self._asked: Collection[int] = ()  # what the step under way reads
 
@@ -41,13 +50,24 @@ class Walk(ABC):
     def drop(self, slot: int) -> None:
         """Take a slot out of `values`, if it is there."""
 
+    @abstractmethod
+    def prefetch(self, slot: int) -> None:
+        """Begin to copy a slot back that is away, unless that has begun."""
+
+    @abstractmethod
+    def fetch(self, slot: int, last: bool) -> None:
+        """Put a slot that is away into `values`; last: whether it does not go there again."""
+
     def has(self, slot: int) -> bool:
         """Whether a slot is there."""
         return slot in self.values
 
     def ensure(self, slot: int) -> None:
-        """Make a slot again, where it is not held."""
+        """Fetch a slot, or make it again, where it is not there."""
         if self.has(slot):
+            return
+        if slot in self.away:
+            self._return(slot)
             return
         number, known = self.program.producers[slot], len(self._fresh)
         for each in read(self.program.steps[number]):
@@ -59,13 +79,17 @@ class Walk(ABC):
 
     def _executed(self, number: int) -> list[int]:
         """Run a step again; return the slots that were not there."""
+        for slot in made(self.program.steps[number]):
+            if slot in self.away:  # rather than make it, too
+                self._return(slot)
         before = {slot for slot in made(self.program.steps[number]) if slot in self.values}
         self.execute(number)
         return [slot for slot in made(self.program.steps[number]) if slot not in before]
 
     def again(self, stretch: Stretch) -> None:
         """Run a stretch again, so that what its backward reads is there."""
-        wanted = [slot for slot in stretch.held if slot not in self.values]
+        known = {*self.values, *self.away}
+        wanted = [slot for slot in stretch.held if slot not in known]
         steps: set[int] = set()
         while wanted:
             number = self.program.producers[wanted.pop()]
@@ -75,7 +99,7 @@ class Walk(ABC):
             wanted += [
                 slot
                 for slot in read(self.program.steps[number])
-                if slot not in self.values
+                if slot not in known
                 and stretch.start <= self.program.producers.get(slot, -1) < stretch.stop
             ]
         held, order = {*self.values, *stretch.held}, sorted(steps)
@@ -91,6 +115,22 @@ class Walk(ABC):
                     self.drop(slot)
         self._fresh = outer
 
+    def arrive(self, place: int) -> None:
+        """Note that backward has come to a place: the steps behind it are done."""
+        while self._leaving and self._leaving[-1].leaves >= place:
+            slot = self._leaving.pop().slot
+            if slot in self.values:
+                self.drop(slot)
+                self.away.add(slot)
+        while self._returning and self._returning[-1].returns >= place:
+            slot = self._returning.pop().slot
+            if slot in self.away:
+                self.prefetch(slot)
+
+    def _return(self, slot: int) -> None:
+        self.away.remove(slot)
+        self.fetch(slot, last=all(stay.slot != slot for stay in self._leaving))
+
     def steps(self, start: int, stop: int, inner: Sequence[Stretch]) -> None:
         """Go through steps from the last to the first, running `inner` again on the way."""
         stretches = {stretch.stop: stretch for stretch in inner}
@@ -100,6 +140,7 @@ class Walk(ABC):
             readers |= dict.fromkeys(self.reads[number], number)
         number = stop
         while number > start:
+            self.arrive(number)
             if number in stretches:
                 stretch = stretches[number]
                 self.again(stretch)
@@ -110,6 +151,7 @@ class Walk(ABC):
             self._asked = self.reads[number]
             self.take(number)
             for slot in made(self.program.steps[number]):  # nobody before it reads what it made
+                self.away.discard(slot)
                 self.drop(slot)
             # What was made again for this step goes, unless an earlier one here reads it too.
             kept = [slot for slot in self._fresh if readers.get(slot, number) < number]

@@ -18,7 +18,7 @@ from fullres.engine.ladder import Ladder
 from fullres.engine.schedule import Costs, cheap, closing, frontier, simulate, walked, way_of
 from fullres.models import PRESETS
 from fullres.models.resnet import BasicBlock
-from fullres.ops.program import Conv, Program, Source, Term, Write
+from fullres.ops.program import Call, Conv, Program, Source, Stay, Term, Write
 
 from .test_convert import PATTERNS, randomised
 
@@ -63,6 +63,21 @@ def stretches(steps: int, rng: random.Random, depth: int = 0) -> list[tuple[int,
     return sorted(set(found))
 
 
+def stays(program: Program, rng: random.Random) -> tuple[Stay, ...]:
+    """Random stays of images in host memory, of some more than one."""
+    found, steps = [], len(program.steps)
+    for slot, number in program.producers.items():
+        if rng.random() < 0.5 and not isinstance(program.steps[number], Call):
+            unread = max(number, program.last_reader.get(slot, -1)) + 1
+            leaves, back = rng.randint(unread, steps), rng.randint(0, steps)
+            found.append(Stay(slot, leaves, back))
+            while rng.random() < 0.5 and back > 1:
+                leaves = rng.randint(1, back - 1)
+                back = rng.randint(0, leaves)
+                found.append(Stay(slot, leaves, back))
+    return tuple(sorted(found, key=lambda stay: -stay.returns))
+
+
 def scheduled(program: Program, rng: random.Random) -> tuple[Program, tuple[int, ...]]:
     """A random schedule of a program, and some writes to join."""
     slots = [*program.producers]
@@ -72,8 +87,17 @@ def scheduled(program: Program, rng: random.Random) -> tuple[Program, tuple[int,
         again=again,
         dropped=tuple(s for s in slots if rng.random() < share),
         remote=tuple(s for s in slots if rng.random() < rng.choice((0.0, 0.2))),
+        offloaded=stays(program, rng) if rng.random() < 0.6 else (),
     )
     edges = {edge for stretch in again for edge in stretch}
+    if rng.random() < 0.5:  # else the places are where many writes cannot be joined
+        edges |= {place for stay in changed.offloaded for place in stay[1:]}
+    else:
+        cut = {w + 1 for w in program.joinable()}
+        gone = {stay.slot for stay in changed.offloaded if not cut.isdisjoint(stay[1:])}
+        changed = changed.changed(
+            offloaded=tuple(s for s in changed.offloaded if s.slot not in gone)
+        )
     writes = sorted(w for w in program.joinable() if w + 1 not in edges)
     return changed, tuple(w for w in writes if rng.random() < 0.7)
 
@@ -84,6 +108,9 @@ def test_the_random_schedules_are_telling():
     found = [scheduled(program, rng) for _ in range(8)]
     assert len({p.again for p, _ in found}) == 8 and any(joined for _, joined in found)
     assert any(p.dropped and p.remote for p, _ in found)
+    assert any(joined and p.offloaded for p, joined in found)
+    held = [p.schedule([True] * (p.inputs + p.parameters)).stays for p, _ in found]
+    assert any(len({stay.slot for stay in each}) < len(each) for each in held)
     nested = [
         sum(a <= start and stop <= b for a, b in p.again)
         for p, _ in found
@@ -113,9 +140,9 @@ def test_a_stretch_runs_each_step_once(preset):
         ":segment_0"
     ]
     stop = len(costs.program.steps)
-    whole = walked(costs, costs.program.changed(again=((0, stop),)))
+    whole = walked(costs, costs.program.changed(again=((0, stop),))).counts
     assert set(whole) == {0, 1}
-    inner = walked(costs, costs.program.changed(again=((0, stop), (0, stop // 2))))
+    inner = walked(costs, costs.program.changed(again=((0, stop), (0, stop // 2)))).counts
     assert set(inner[: stop // 2]) == {1, 2} and set(inner[stop // 2 :]) <= {0, 1}
 
 
