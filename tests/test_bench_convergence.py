@@ -174,7 +174,7 @@ def test_a_first_loss_beyond_rounding_is_wrong(loss, wrong):
 
 
 def test_the_largest_gap_is_of_the_smoothed_losses_after_a_first_pass():
-    found = judged_of(rows_of(), {OURS: [4.0, 2.0, 1.0, 1.3]})
-    assert found[OURS]["largest_gap"] == pytest.approx(0.15)  # of means of two, 1 and 1.15
+    found = judged_of(rows_of(), {OURS: [5.0, 2.0, 1.0, 1.3]})
+    assert found[OURS]["largest_gap"] == pytest.approx(1 / 6)  # of means of two, 3 and 3.5
     assert judged_of(rows_of(), {OURS: []})[OURS]["largest_gap"] is None
     assert convergence.smoothed([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]

@@ -79,15 +79,16 @@ def test_growth_with_images_and_with_batches_is_fitted_apart():
 
 
 def test_bytes_that_the_memory_limited_are_not_fitted_and_the_end_is_named():
-    points = [Point("a21", "fullres, bf16", (n, n), 1, None) for n in (100, 200, 400, 800, 1600)]
-    rows = rows_of(points, predicted_peak_gib=lambda n: min(n, 160000), step_s=lambda n: n)
-    for row, ratio in zip(rows, (1, 1, 1, 1.3, None), strict=True):
+    points = [Point("a21", "fullres, bf16", (n, n), 1, None) for n in (50, 100, 200, 400, 800, 900)]
+    rows = rows_of(points, predicted_peak_gib=lambda n: min(n, 40000), step_s=lambda n: n)
+    for row, ratio in zip(rows, (1, 1, 1, 1.3, None, None), strict=True):
         row["time_ratio"] = ratio
-    rows[4] |= {"ends": "no plan", "predicted_peak_gib": None, "step_s": None}
+    for row in rows[4:]:
+        row |= {"ends": "no plan", "predicted_peak_gib": None, "step_s": None}
     (found,) = scaling.fits(rows)
     assert found["predicted_peak_exponent"] == pytest.approx(1)
     assert (found["predicted_peak_points"], found["step_points"]) == (3, 4)
-    assert found["ends"] == "1 x 3x1600x1600"
+    assert found["ends"] == "1 x 3x800x800"
 
 
 # What is predicted
@@ -197,6 +198,9 @@ def test_too_little_memory_is_an_end_and_anything_else_a_failure(
 
 def test_what_did_not_fit_is_freed_before_the_next(card, monkeypatch, tmp_path):
     class Large:
+        def __init__(self):
+            self.itself = self  # as modules and their hooks know each other
+
         def run(self):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -226,10 +230,12 @@ def test_each_outcome_has_its_row_and_an_end_spares_the_larger(monkeypatch, tmp_
     images = [(24, 40), (48, 80), (96, 160)]
     points = [replace(EAGER, image=image, device="cuda") for image in images]
     more = replace(points[1], batch=2)
+    elsewhere = replace(points[0], batch=9)  # as many pixels as what did not fit, another way
     ours = [replace(point, provider="fullres, keep, bf16") for point in points]
     outcomes = {
         points[0]: {"step_s": 1.0, "peak_gib": 2.0},
         points[1]: {"ends": "out of memory: so much"},
+        elsewhere: {"step_s": 9.0},
         ours[0]: FailedError("its process died"),
         ours[1]: TimeoutError(),
         ours[2]: {"step_s": 3.0},
@@ -241,7 +247,7 @@ def test_each_outcome_has_its_row_and_an_end_spares_the_larger(monkeypatch, tmp_
             raise outcomes[point]
         return outcomes[point]
 
-    rows = {point: scaling._row(point) for point in (*points, more, *ours, PLANNED)}
+    rows = {point: scaling._row(point) for point in (*points, more, elsewhere, *ours, PLANNED)}
     kept = scaling._Table(tmp_path, rows)
 
     def settle(point, values):
@@ -256,6 +262,7 @@ def test_each_outcome_has_its_row_and_an_end_spares_the_larger(monkeypatch, tmp_
     for spared in (points[2], more):
         assert rows[spared]["ends"] == "out of memory already at 1 x 3x48x80"
         assert rows[spared]["predicted_peak_gib"] == 1.0 and rows[spared]["failed"] == ""
+    assert rows[elsewhere]["step_s"] == 9.0
     assert rows[ours[0]]["failed"] == "its process died"
     assert record.NOT_FINISHED in rows[ours[1]]["failed"]
     assert rows[ours[2]]["step_s"] == 3.0  # a failure spares nothing
