@@ -243,6 +243,9 @@ def plan(
         str, typer.Option(help="Images per forward pass; max: as many as the memory suffices for.")
     ] = "1",
     memory: Annotated[str, typer.Option(help="The budget, such as 40GiB or 512MiB.")] = "40GiB",
+    host_memory: Annotated[
+        str, typer.Option(help="Pinned memory of the host that stored maps may wait in.")
+    ] = "0",
     precision: Precision = "bf16",
     hardware: Annotated[
         str | None, typer.Option(help="Card, such as h200; else the one here, or an H200.")
@@ -275,6 +278,7 @@ def plan(
         None if batch_size == "max" else int(batch_size),
         (channels, *size),
         memory=memory,
+        host_memory=host_memory,
         labels=label_bytes(1, channels, size) if pixels else 0,
         criterion=pixel_criterion() if pixels else None,
         dtype=DTYPES[precision],

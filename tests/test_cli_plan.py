@@ -82,6 +82,25 @@ def test_largest_batch_fits_and_the_next_does_not(fullres):
     assert code == 1 and "for 1 x 3 x 32 x 48" in err
 
 
+def test_stored_maps_may_wait_in_host_memory(fullres):
+    arguments = (
+        "plan",
+        "--preset",
+        "uresnet",
+        "--network",
+        TINY,
+        "--image-size",
+        "128x192",
+        "--json",
+    )
+    whole = json.loads(fullres(*arguments, "--batch-size", 2, "--memory", "1GiB")[1])
+    memory = ("--batch-size", 2, "--memory", whole["peak_bytes"] // 2)
+    alone = json.loads(fullres(*arguments, *memory)[1])
+    beside = json.loads(fullres(*arguments, *memory, "--host-memory", "1GiB")[1])
+    assert alone["host_bytes"] == 0 < beside["host_bytes"]
+    assert beside["time_ratio"] < alone["time_ratio"]
+
+
 def test_resnets_are_planned_to_their_outputs(fullres):
     code, out, _ = fullres(
         "plan", "--model", "resnet18", "--image-size", "64x64", "--memory", "1GiB", "--json"
@@ -101,6 +120,7 @@ def test_resnets_are_planned_to_their_outputs(fullres):
         (["--model", "resnet50", "--network", "filters=3"], "want network with the model uresnet"),
         (["--image-size", "12"], "want image_size as ROWSxCOLUMNS"),
         (["--memory", "plenty"], "memory: want bytes, or text such as '40GiB', got 'plenty'"),
+        (["--host-memory", "-1"], "host_memory: want bytes, or text such as '40GiB', got '-1'"),
         (["--hardware", "abacus"], "hardware: want one of .*, got 'abacus'"),
         (["--optimizer", "magic"], "optimizer: want one of adamw, .*, got 'magic'"),
     ],

@@ -89,6 +89,19 @@ def test_losses_do_not_depend_on_the_budget(loose, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out.splitlines()[0] == memory.summary(plans[1])
 
 
+def test_maps_that_wait_in_host_memory_change_no_loss(loose, tmp_path, capsys):
+    config = TrainConfig(**options(tmp_path, batch_size=2, host_memory="1GiB"))
+    for share in (1.2, 1.4, 1.7, 2.0):
+        tight = dataclasses.replace(config, memory=str(int(share * least(config))))
+        if planned(tight)[1].host_bytes:
+            break
+    train(tight)
+    found = Plan.load(tmp_path / memory.PLAN)
+    assert 0 < found.host_bytes < 2**30 and found.peak_bytes <= found.memory
+    assert f"{memory._gib(found.host_bytes)} of the host's" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(loose)
+
+
 def test_plan_is_that_of_the_trainers_step(tmp_path):
     config = TrainConfig(
         **options(tmp_path, batch_size=3, loss="even", precision="bf16", optimizer="sgd")
@@ -211,6 +224,7 @@ def test_resumed_run_uses_the_saved_plan(loose, tmp_path, plans, monkeypatch):
         ({"batch_size": 1}, False),
         ({"loss": "even"}, False),
         ({"precision": "bf16"}, False),
+        ({"host_memory": "1GiB"}, False),
     ],
 )
 def test_saved_plan_is_used_for_the_same_step_alone(loose, changes, kept, plans):
@@ -290,6 +304,8 @@ def test_second_step_of_a_gpu_is_measured_once(loose, monkeypatch, capsys):
         ({"policy": "series"}, "want policy or memory, not both; got policy='series' and memory='"),
         ({"precision": "fp64"}, "want precision fp32, bf16 or fp16 beside memory; got 'fp64'"),
         ({"memory": None, "batch_size": "auto"}, "want memory beside batch_size auto; got none"),
+        ({"host_memory": "some"}, "host_memory: want bytes, or text such as '40GiB', got 'some'"),
+        ({"memory": None, "host_memory": "1GiB"}, "want memory beside host_memory '1GiB'; got no"),
         ({"batch_size": "many"}, "want batch_size as int or auto; got 'many'"),
         ({"batch_size": "0"}, "want batch_size >= 1; got 0"),
         ({"batch_size": True}, "want batch_size as int or auto; got True"),

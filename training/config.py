@@ -61,6 +61,9 @@ class TrainConfig:
         None,
         "Plan each step for this budget, such as 40GiB; auto: what each process' device has free.",
     )
+    host_memory: str = _option(
+        "0", "Pinned memory of the host that --memory's plan may let stored maps wait in."
+    )
     batch_size: int | Literal["auto"] = _option(
         1,
         "Images per process and forward pass; auto: as many as --memory suffices for.",
@@ -111,10 +114,13 @@ class TrainConfig:
             raise ValueError(f"want val_split in [0, 1); got {self.val_split}")
         if self.val_split > 0 and self.val_data is not None:
             raise ValueError("want val_split or val_data, not both; got both")
+        host = parse_memory(self.host_memory, "host_memory")
         if self.memory is not None:
             self._check_memory()
         elif self.batch_size == AUTO:
             raise ValueError("want memory beside batch_size auto; got none")
+        elif host:
+            raise ValueError(f"want memory beside host_memory {self.host_memory!r}; got none")
         _ = self.size
 
     def _check_memory(self) -> None:

@@ -145,6 +145,7 @@ def plan_run(
         criterion=pixel_criterion(config.loss),
         dtype=DTYPES[config.precision],
         optimizer=optimizer,
+        host_memory=config.host_memory,
     )
     found = replace(found, optimizer=config.optimizer)
     return replace(config, batch_size=found.input_shape[0]), found
@@ -176,8 +177,9 @@ def save_plan(found: Plan, folder: Path) -> None:
 
 def summary(found: Plan) -> str:
     """Return a line on what a plan promises."""
+    host = f" and {_gib(found.host_bytes)} of the host's" if found.host_bytes else ""
     return (
-        f"memory: {_gib(found.peak_bytes)} predicted of {_gib(found.memory)} for "
+        f"memory: {_gib(found.peak_bytes)} predicted of {_gib(found.memory)}{host} for "
         f"{found.input_shape[0]} images, {found.time_ratio:.2f} times the time without a limit"
     )
 
@@ -199,7 +201,7 @@ def _same_step(config: TrainConfig, before: dict[str, Any]) -> bool:
     """Whether a run began with all options that a plan depends on."""
     names = (
         "model", "preset", "network", "image_size", "batch_size", "accumulate", "loss",
-        "optimizer", "precision", "sync_batch_norm", "channels_last", "memory",
+        "optimizer", "precision", "sync_batch_norm", "channels_last", "memory", "host_memory",
     )  # fmt: skip
     return all(before.get(name) == getattr(config, name) for name in names)
 
