@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = {row["section"]: row for row in resumed("gpu", out) if row["section"] in SECTIONS}
     done = {name for name, row in rows.items() if row["outcome"] == PASSED}
     chosen = options.only or [name for name in SECTIONS if name not in done]
-    rows |= {name: _row(name, NOT_REACHED, 0.0, NOT_BEGUN) for name in chosen}
+    spent = {name: rows[name]["seconds"] if name in rows else 0.0 for name in SECTIONS}
+    rows |= {name: _row(name, NOT_REACHED, spent[name], NOT_BEGUN) for name in chosen}
 
     def record() -> None:  # after each section, so that a call cut short leaves what it did
         calls[-1]["seconds"] = round(time.time() - options.begun, 1)
@@ -77,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
             if until - time.time() < LEAST:
                 break
             print(f"\n== {name}, {allowed:.0f} s ==", flush=True)
-            rows[name] = _section(name, out, allowed)
+            found = _section(name, out, allowed)
+            spent[name] = found["seconds"] = round(spent[name] + found["seconds"], 1)
+            rows[name] = found
             record()
         todo = [name for name in todo if NOT_FINISHED in rows[name]["detail"]]
         if not todo or until - time.time() < LEAST:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import SECTIONS
-from .record import NOT_FINISHED, ROOT
+from .record import NOT_BEGUN, NOT_FINISHED, ROOT
 
 PAGE = "summary.md"
 README = ROOT / "README.md"
@@ -141,8 +141,7 @@ def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[st
                 line[network] = _batch(rows.get(of), foretold.get(of))
             else:
                 line[network] = foretold.get(of, "")
-        bold = "**" if provider == OURS else ""
-        lines.append({name: f"{bold}{cell}{bold}" for name, cell in line.items()})
+        lines.append(_bold(line, provider))
     return markdown(lines)
 
 
@@ -187,6 +186,57 @@ def kernels_line(results: Results) -> str:
     return "; ".join([*said, *([f"{left} layers {NOT_YET}"] if left else [])]) or NOT_YET
 
 
+def speed_table(results: Results) -> list[str]:
+    """Return images a second, a column a network: at the equal batch, and at everyone's largest."""
+    rows = [r for r in results.measured("training") if r["memory_gib"] == MEMORY]
+    known = {(r["network"], r["provider"], r["setting"]): r for r in rows}
+    if not any(row["images_per_s"] for row in rows):
+        return []
+    settings = ("equal batch", "largest batch")
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    what = f"images a second: {' / '.join(settings)} in {MEMORY} GiB"
+    lines = []
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        line = {what: provider}
+        for network in networks:
+            cells = [_speed(known.get((network, provider, setting))) for setting in settings]
+            line[network] = " / ".join(cells)
+        lines.append(_bold(line, provider))
+    return markdown(lines)
+
+
+def _speed(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    failed = how_failed(row)
+    if row["images_per_s"] is None:
+        return NOT_YET if not failed or NOT_FINISHED in failed else "FAILED"
+    return "WRONG" if failed else _text(float(row["images_per_s"]))
+
+
+def _bold(line: dict, provider: str) -> dict:
+    mark = "**" if provider == OURS else ""
+    return {name: f"{mark}{cell}{mark}" for name, cell in line.items()}
+
+
+def bottleneck_line(results: Results) -> str:
+    """Return the kernel in which most of our step's time goes, a network each."""
+    found: dict[str, dict] = {}
+    for row in results.measured("training_kernels"):
+        best = found.get(row["network"])
+        if row["provider"] == OURS and (best is None or _weight(row) > _weight(best)):
+            found[row["network"]] = row
+    said = []
+    for network, row in found.items():
+        share = f"{100 * row['share']:.0f} % of a step of {row['batch']} images"
+        said.append(f"{network}: `{row['kernel'][:80]}`, {share}")
+    return "; ".join(said) or NOT_YET
+
+
+def _weight(row: dict) -> tuple[int, float]:
+    return row["batch"], row["ms"]
+
+
 def scaling_line(results: Results) -> str:
     """Return the exponents of ours: cost as a power of the pixels."""
     said = []
@@ -222,6 +272,7 @@ def tests_line(results: Results) -> str:
 LINES: dict[str, Callable[[Results], str]] = {
     "Tests on a card": tests_line,
     "Convolution layers, forward and backward": kernels_line,
+    "The next bottleneck of ours": bottleneck_line,
     "Convergence": convergence_line,
     "Scaling": scaling_line,
 }
@@ -242,7 +293,8 @@ def headline(results: Results | None, predicted: Sequence[dict]) -> list[str]:
         if slower:
             lines[-1] += f" Ours take {', '.join(slower)} times as long for an image there as"
             lines[-1] += " without a limit, by rooflines."
-    lines.append("")
+    speeds = _guarded(lambda: speed_table(results)) if results else []
+    lines += ["", *speeds, ""] if speeds else ["", f"- Training, images a second: {NOT_YET}"]
     for name, line in LINES.items():
         found = _guarded(lambda line=line: [line(results)]) if results else [NOT_YET]
         lines.append(f"- {name}: {' '.join(found)}")
@@ -320,11 +372,13 @@ def _section(results: Results, name: str) -> list[str]:
     ]
     if others:
         lines += [f"**Of another run: {', '.join(others)}.**", ""]
-    rows = results.rows(name)
-    lines += _guarded(lambda: TABLES.get(name, lambda _, rows: markdown(rows))(results, rows))
-    failed = [row for row in rows if how_failed(row)]
+    every = results.rows(name)
+    rows = [row for row in every if how_failed(row) != NOT_BEGUN or name == "tests"]
+    make = TABLES.get(name, lambda _, rows: markdown(rows))
+    lines += _guarded(lambda: make(results, rows)) if rows else markdown(rows)
+    failed = sum(bool(how_failed(row)) for row in every)
     if failed and name != "tests":
-        lines += ["", f"Failed, wrong or not finished: {len(failed)} of {len(rows)} rows."]
+        lines += ["", f"{failed} of {len(every)} rows failed, are wrong or not finished."]
     pictures = sorted(results.folder.glob(f"{PICTURES.get(name, name)}*.png"))
     for picture in pictures:
         lines += ["", f"![{picture.stem}]({picture.name})"]
@@ -397,6 +451,33 @@ def _largest(results: Results, rows: list[dict]) -> list[str]:
     return markdown([{name: row[name] for name in names} for row in rows])
 
 
+def _training(results: Results, rows: list[dict]) -> list[str]:
+    names = ("network", "setting", "memory_gib", "provider", "batch")
+    table = [
+        {name: row[name] for name in names}
+        | {
+            "step s (20 to 80 %)": spread(row, "step_s", "step_s_20", "step_s_80"),
+            "images a second": row["images_per_s"],
+            "over eager": "WRONG" if row["wrong"] else row["over_eager"],
+            "of roof": row["of_roof"],
+            "peak GiB": row["peak_gib"],
+            "wrong": how_failed(row),
+        }
+        for row in rows
+    ]
+    lines = markdown(table)
+    for row in results.rows("training_kernels"):
+        of = f"{row['network']}, {row['provider']}, {row['setting']}, batch {row['batch']}"
+        if f"Time by kernel: {of}" not in lines:
+            lines += ["", f"Time by kernel: {of}", "", "| kernel | calls | ms | share |"]
+            lines += ["| --- | --- | --- | --- |"]
+        lines.append(
+            f"| {_text(row['kernel'])} | {row['calls']} | {_text(row['ms'])} "
+            f"| {100 * row['share']:.1f} % |"
+        )
+    return lines
+
+
 def _convergence(results: Results, rows: list[dict]) -> list[str]:
     from .convergence import verdict
 
@@ -422,6 +503,7 @@ TABLES: dict[str, Callable[[Results, list[dict]], list[str]]] = {
     "kernels": _kernels,
     "focal_loss": _focal_loss,
     "largest": _largest,
+    "training": _training,
     "convergence": _convergence,
     "scaling": _scaling,
 }

@@ -28,6 +28,13 @@ def batch(network, provider, batch, predicted, failed="", memory=40.0):
     }  # fmt: skip
 
 
+def trained(network, provider, setting, speed, wrong="", failed=""):
+    row = dict.fromkeys(("of_roof", "peak_gib", "over_eager"), 0.5) | {"images_per_s": speed}
+    row |= {"step_s": speed and 1 / speed, "step_s_20": 0.9, "step_s_80": 1.1, "batch": 4}
+    row |= {"network": network, "provider": provider, "setting": setting, "memory_gib": 40.0}
+    return row | {"wrong": wrong, "failed": failed}
+
+
 @pytest.fixture
 def card(tmp_path):
     """Results of a card, as two calls would have left them."""
@@ -102,6 +109,31 @@ def test_measured_stands_beside_predicted(card):
     assert "Predicted on fake tensors" not in said
 
 
+def test_speed_is_told_of_right_results_and_its_bottleneck_named(card):
+    ours, eager, equal, own = summary.OURS, "eager bf16", "equal batch", "largest batch"
+    saved(card, "training", [
+        trained("a21", ours, equal, 3.0), trained("a21", ours, own, 5.0),
+        trained("a21", eager, equal, 2.0), trained("a21", eager, own, None, failed="no memory"),
+        trained("uresnet", ours, equal, 7.77, wrong="gradient_error 0.3"),
+        trained("uresnet", ours, own, None, failed=NOT_BEGUN),
+    ])  # fmt: skip
+    kernel = {"network": "a21", "provider": ours, "setting": equal, "batch": 4, "calls": 3}
+    saved(card, "training_kernels", [
+        {**kernel, "kernel": "wgrad", "ms": 4.0, "share": 0.4},
+        {**kernel, "kernel": "dgrad", "ms": 3.0, "share": 0.3},
+    ])  # fmt: skip
+    page = summary.page(card)
+    said = section(page, "In short")
+    assert f"| **{ours}** | **3 / 5** | **WRONG / not yet measured** |" in said
+    assert "| eager bf16 | 2 / FAILED | - / - |" in said
+    assert "a21: `wgrad`, 40 % of a step of 4 images" in said
+    lines = section(page, "training").splitlines()
+    wrong = next(line for line in lines if "gradient_error" in line)
+    assert "| WRONG |" in wrong and "7.77" in wrong  # what it took is no secret
+    assert "0.3333 (0.9 to 1.1)" in section(page, "training")
+    assert "| dgrad | 3 | 3 | 30.0 % |" in lines
+
+
 def test_without_a_card_nothing_looks_measured(card):
     for name in summary.Results(card).files:
         rows = summary.Results(card).rows(name)
@@ -110,7 +142,7 @@ def test_without_a_card_nothing_looks_measured(card):
     assert page.startswith("# fullres: NOT RUN ON A CARD")
     said = section(page, "In short")
     assert "| predicted largest batch in 40 GiB" in said and "41" not in said
-    assert said.count("not yet measured") == len(summary.LINES) + 1
+    assert said.count("not yet measured") == len(summary.LINES) + 2
     assert "**NOT RUN ON A CARD.**" in section(page, "largest")
 
 
