@@ -6,10 +6,13 @@ them. What decides, therefore, is how far apart eager float32 itself ends when n
 of the events is another: a run must end no further from eager float32 than that. The loss of the
 first step, before anything can drift, tells rounding from error.
 
-Three runs of eager float32 are few. A run that were a fourth of them would be outside their spread
-in three of ten comparisons: one of five ends outside says little, most of them outside say much.
+Our kernels run in their first configuration, which costs no tuner's time: `training.py` is about
+speed, and `kernels.py` checks what tuners choose. Three runs of eager float32 are few. One that
+were a fourth would be outside their spread in three of ten comparisons: one of five ends outside
+says little, most of them outside say much.
 """
 
+import contextlib
 import gc
 import math
 import os
@@ -20,7 +23,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,9 @@ from typing import Any
 import torch
 
 from ..events import EventWriter, SyntheticEvents, generate_file
-from ..events.dataset import FILE_SIZE, SIZE
+from ..events.dataset import FILE_SIZE, PLANES, SIZE
 from .record import NOT_BEGUN, NOT_FINISHED, resumed, save, table
+from .steps import Network, compile_kernels, pixel_labels, untuned
 from .worker import FailedError, Worker
 
 REFERENCE = "eager float32"
@@ -104,7 +109,7 @@ def run(out: Path, seconds: float | None = None, setting: Setting | None = None)
         setting = WHOLE if torch.cuda.is_available() else PART
     if setting.device == "cpu":
         print("NOT RUN ON A CARD: a small network and a part of an image, trained on the CPU.")
-    if setting.device == "gpu":  # the compiler's work is kept where the other benchmarks keep it
+    if setting.device == "gpu":  # where the other benchmarks keep what was compiled
         os.environ.setdefault("TRITON_CACHE_DIR", str((out / "compiled" / "cache").resolve()))
     work = out / "convergence.work"
     rows = {name: _row(name, setting) for name in RUNS}
@@ -123,11 +128,16 @@ def run(out: Path, seconds: float | None = None, setting: Setting | None = None)
         return found
 
     keep()  # so that a call that is killed leaves rows by which its checkpoints are known
-    with Worker() as worker:
-        for name, row in rows.items():
-            if not row["failed"] or time.time() >= until:
+    todo = [name for name, row in rows.items() if row["failed"]]
+    if todo and time.time() < until:
+        _prepare(work, setting)
+    with Worker() as worker, _compiled_ahead(todo, setting, work) as compiled:
+        for name in todo:
+            row = rows[name]
+            if RUNS[name].get("ours"):
+                compiled.wait(None if until == math.inf else max(0.0, until - time.time()))
+            if time.time() >= until:
                 continue
-            _prepare(work, setting)
             try:
                 found = worker(_trained, name, setting, work, until, until=until + PATIENCE)
                 curves[name] = found.pop("losses")
@@ -152,7 +162,7 @@ def _row(name: str, setting: Setting) -> dict:
         "provider": name,
         "device": torch.cuda.get_device_name() if setting.device == "gpu" else "cpu",
         "network": f"a21 {setting.network}".strip(),
-        "image": "x".join(map(str, (3, *setting.image))),
+        "image": "x".join(map(str, (PLANES, *setting.image))),
         "of_steps": setting.steps,
         "steps": 0,
         **dict.fromkeys(("final_loss", "held_out_loss", *METRICS)),
@@ -172,6 +182,57 @@ def _kept(out: Path, rows: dict[str, dict]) -> dict[str, dict]:
     return kept
 
 
+# Beside the runs that need no kernels of ours: compiling those
+
+
+@contextmanager
+def _compiled_ahead(
+    names: Sequence[str], setting: Setting, work: Path
+) -> Iterator[threading.Event]:
+    """Compile what ours among these runs launch, beside what happens inside; yield when that is.
+
+    One after the other, as a run would compile them itself, they take longer than the run.
+    """
+    done, names = threading.Event(), [name for name in names if RUNS[name].get("ours")]
+    if setting.device != "gpu" or not names:
+        done.set()
+        yield done
+        return
+
+    def compile_all() -> None:
+        # Where something is wrong, the run that needs it will say so.
+        with contextlib.suppress(Exception), builder:
+            for name in names:
+                builder(_compile, name, setting, work)
+        done.set()
+
+    builder = Worker()
+    threading.Thread(target=compile_all, daemon=True).start()
+    try:
+        yield done
+    finally:
+        builder.end()
+
+
+def _compile(name: str, setting: Setting, work: Path) -> None:
+    """Compile the kernels of a run's step, each in the one configuration that runs."""
+    from ..training import SegmentationLoss, TrainConfig
+    from ..training.memory import plan_run
+    from ..training.module import build_network, build_optimizer
+
+    os.nice(19)  # below who feeds the device
+    config = TrainConfig(**_options(name, setting, work), out=str(work / "nowhere"))
+    network = partial(build_network, config)
+    config, plan = plan_run(
+        config, network, partial(build_optimizer, config), accelerator=setting.device
+    )
+    # Of fake tensors, which a module cannot be cast to another memory format of.
+    network = partial(build_network, replace(config, channels_last=False))
+    whole = Network(network, pixel_labels, SegmentationLoss(config.loss))
+    build = work / "build" / _slug(name)
+    compile_kernels(whole, (PLANES, *setting.image), config.batch_size, plan, build)
+
+
 # In the worker: one run
 
 
@@ -188,9 +249,9 @@ def _trained(name: str, setting: Setting, work: Path, until: float) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    folder, stopped = work / name.replace(", ", "-").replace(" ", "-"), ""
+    folder, stopped = work / _slug(name), ""
     config = TrainConfig(**_options(name, setting, work), out=str(folder))
-    with _stopped_at(until):
+    with _stopped_at(until), untuned():
         try:
             train(config, resume="auto")
         except StoppedError:
@@ -209,6 +270,10 @@ def _trained(name: str, setting: Setting, work: Path, until: float) -> dict:
         "peak_gib": max(_values(curves, "training/peak_memory_gib")) if gpu else None,
         "failed": stopped,
     }
+
+
+def _slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def _options(name: str, setting: Setting, work: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fullres.bench import convergence, record
+from fullres.bench import convergence, record, worker
 from fullres.bench.convergence import ENDS, METRICS, ORDERS, REFERENCE, Setting, judged
 from fullres.bench.worker import FailedError, Worker
 
@@ -97,7 +97,18 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path):
     assert rest | {"images_per_s": 0} == want | {"images_per_s": 0}
 
 
+class Here(Worker):
+    """Calls in this process, which costs no time to start."""
+
+    def __call__(self, work, *args, until):
+        result, failed = worker._answer(work, args)
+        if failed:
+            raise FailedError(failed)
+        return result
+
+
 def test_a_run_that_fails_costs_only_itself(few, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(convergence, "Worker", Here)
     monkeypatch.delitem(convergence.RUNS, "fullres, float32")
     setting = dataclasses.replace(TINY, steps=2, memory={"bf16": "1KiB"})
     rows = {row["provider"]: row for row in convergence.run(tmp_path, setting=setting)}
@@ -108,19 +119,19 @@ def test_a_run_that_fails_costs_only_itself(few, monkeypatch, tmp_path, capsys):
 
 
 def test_a_worker_outlives_nothing_that_it_should_not():
-    with Worker() as worker:
-        first = worker(os.getpid)
-        assert worker(os.getpid) == first != os.getpid()
+    with Worker() as call:
+        first = call(os.getpid)
+        assert call(os.getpid) == first != os.getpid()
         with pytest.raises(FailedError, match="invalid literal"):
-            worker(int, "word")
-        second = worker(os.getpid)
+            call(int, "word")
+        second = call(os.getpid)
         assert second != first  # what has failed is not trusted again
         with pytest.raises(FailedError, match="died"):
-            worker(os._exit, 3)
-        third = worker(os.getpid)
+            call(os._exit, 3)
+        third = call(os.getpid)
         with pytest.raises(TimeoutError, match="not answered"):
-            worker(time.sleep, 60, until=time.time() + 0.2)
-        fourth = worker(os.getpid)
+            call(time.sleep, 60, until=time.time() + 0.2)
+        fourth = call(os.getpid)
     for process in (first, second, third, fourth):
         for _ in range(100):
             if not Path(f"/proc/{process}").exists():
@@ -128,6 +139,50 @@ def test_a_worker_outlives_nothing_that_it_should_not():
             time.sleep(0.05)
         else:
             raise AssertionError(f"process {process} is still there")
+
+
+def test_kernels_of_ours_are_compiled_ahead_in_one_configuration(monkeypatch, tmp_path):
+    """As on a card, but for what the launches become."""
+    from fullres.bench import steps
+    from fullres.kernels import launches
+
+    built = []
+    monkeypatch.setattr(launches, "build", lambda made, out: built.append((made, out)))
+    monkeypatch.setattr(steps, "compile_target", lambda: "sm_90")
+    monkeypatch.setattr(os, "nice", lambda by: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    convergence._compile("fullres, float32", TINY, tmp_path)
+    ((made, out),) = built
+    chosen = {}
+    for launch in made:
+        tuned = launch.tuned.split()
+        constants = (word for word in launch.label.split() if word.partition("=")[0] in tuned)
+        chosen.setdefault(launch.kernel.split(":")[1], set()).add(tuple(constants))
+    assert {"conv2d_fwd_kernel", "softmax_focal_loss_kernel"} <= set(chosen)
+    assert all(len(configurations) == 1 for configurations in chosen.values())
+    assert (out / "cache").resolve() == tmp_path / "cache"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_runs_wait_for_what_is_compiled_but_not_for_what_cannot_be(monkeypatch, tmp_path, fails):
+    asked = []
+
+    class Builder(Worker):
+        def __call__(self, work, name, *_, **__):
+            asked.append((work, name))
+            if fails:
+                raise FailedError("no compiler")
+
+    monkeypatch.setattr(convergence, "Worker", Builder)
+    card = dataclasses.replace(TINY, device="gpu")
+    names = [REFERENCE, OURS, "fullres, float32"]
+    with convergence._compiled_ahead(names, card, tmp_path) as compiled:
+        assert compiled.wait(10)
+    assert asked == [(convergence._compile, name) for name in names[1 : 2 if fails else 3]]
+    for setting, chosen in ((TINY, names), (card, names[:1])):
+        with convergence._compiled_ahead(chosen, setting, tmp_path) as compiled:
+            assert compiled.is_set()
+    assert len(asked) == (1 if fails else 2)
 
 
 def test_another_order_is_another_order_of_the_same_events(tmp_path):
