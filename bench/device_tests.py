@@ -19,7 +19,7 @@ import torch
 from .record import NOT_BEGUN, ROOT, card_answers, resumed, save, table
 
 HANGS = 120  # seconds after which a test is given up
-GRACE = 10  # seconds beyond those allowed, for the tests that run then
+GRACE = 0.08  # of the seconds allowed, beyond them: for the tests that run then
 LARGE = "past_two_to_the_31"  # in the names of tests that take up to 21 GiB: one process has them
 GIB = 2**30
 
@@ -42,12 +42,13 @@ def run(
         SystemExit: when a test failed, or on a card none has passed; the rows are saved.
     """
     until = float("inf") if seconds is None else time.time() + seconds
+    end = until + GRACE * (seconds or 0)
     kept = [row for row in resumed("tests", out) if row["outcome"] == "passed"]
     folder = out / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kept.json").write_text(json.dumps([row["test"] for row in kept]))
     count = workers or _processes()
-    pool = [Worker(number, count, folder, tests, until) for number in range(count)]
+    pool = [Worker(number, count, folder, tests, until, end) for number in range(count)]
     rows, saved = kept, time.time()
     try:
         while any([worker.goes_on() for worker in pool]):
@@ -92,7 +93,8 @@ class Worker:
     count: int
     folder: Path
     tests: Path
-    until: float
+    until: float  # when no test begins any more
+    end: float  # when those that run are stopped
     process: subprocess.Popen | None = None
     left: dict[str, None] = field(default_factory=dict)  # of the share, what has not come out
     rows: list[dict] = field(default_factory=list)
@@ -130,7 +132,7 @@ class Worker:
                 if self.begun:
                     self._fail(f"ran for more than {HANGS} s, and was stopped")
                 return self._again()
-            if now > self.until + GRACE:
+            if now > self.end:
                 self.stop()
             return not self.over
         if self.unknown in self.left:

@@ -101,16 +101,24 @@ def test_a_test_that_breaks_things_costs_itself_alone(here, monkeypatch, tmp_pat
     assert [row["outcome"] for row in outcomes(tmp_path).values()].count("passed") == 9
 
 
-def test_what_there_is_no_time_for_is_left_and_a_broken_file_is_shown(here, tmp_path):
+def test_what_there_is_no_time_for_is_left_and_a_broken_file_is_shown(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(device_tests, "GRACE", 100.0)  # so that collecting ends
     written(tmp_path, FILE)
     (tmp_path / "test_broken.py").write_text("import a_module_that_is_absent")
     with pytest.raises(SystemExit, match="1 tests failed, 0 passed"):
-        device_tests.run(tmp_path, seconds=0, tests=tmp_path, workers=1)
+        device_tests.run(tmp_path, seconds=0.5, tests=tmp_path, workers=1)
     found = outcomes(tmp_path)
     assert "a_module_that_is_absent" in found.pop("test_broken.py")["failed"]
     assert len(found) == 10
     assert {row["outcome"] for row in found.values()} == {"left"}
     assert {row["failed"] for row in found.values()} == {record.NOT_BEGUN}
+
+
+def test_a_process_that_never_collected_its_tests_leaves_them(here, tmp_path):
+    rows = device_tests.run(tmp_path, seconds=0, tests=written(tmp_path, FILE), workers=1)
+    assert [(row["test"], row["failed"]) for row in rows] == [
+        ("all of process 0", record.NOT_BEGUN)
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
