@@ -121,17 +121,19 @@ def _mean(ratios: Iterable[float]) -> float:
 def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[str]:
     """Return the table of the largest batches: measured beside predicted, a column a network."""
     measured = [] if results is None else results.measured("largest")
-    rows = {(r["network"], r["provider"]): r for r in measured if _is_memory(r)}
+    memory = _memory(measured)
+    rows = {(r["network"], r["provider"]): r for r in measured if r["memory_gib"] == memory}
     foretold = {
         (r["network"], r["provider"].replace(", budget 1.0", "")): r["batch"]
         for r in predicted
-        if _is_memory(r) and not r["failed"]
-    } | {of: r["predicted_batch"] for of, r in rows.items()}
+        if r["memory_gib"] == memory and not r["failed"]
+    }
+    foretold |= {of: r["predicted_batch"] for of, r in rows.items() if r["predicted_batch"]}
     networks, providers = (
         list(dict.fromkeys(names)) for names in zip(*foretold, *rows, strict=True)
     )
     image = (measured or predicted)[0]["image"].replace("x", " x ")
-    what = f"{'' if rows else 'predicted '}largest batch in {MEMORY} GiB, {image}"
+    what = f"{'' if rows else 'predicted '}largest batch in {memory:g} GiB, {image}"
     lines = []
     for provider in providers:
         line = {what: provider}
@@ -145,8 +147,10 @@ def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[st
     return markdown(lines)
 
 
-def _is_memory(row: dict) -> bool:
-    return row["memory_gib"] == MEMORY
+def _memory(rows: Sequence[dict]) -> float:
+    """Return the headline's memory; of a card that has less, the most that it was asked for."""
+    found = {row["memory_gib"] for row in rows} - {None}
+    return MEMORY if MEMORY in found or not found else max(found)
 
 
 def _batch(measured: dict | None, predicted: int | None) -> str:
@@ -188,13 +192,15 @@ def kernels_line(results: Results) -> str:
 
 def speed_table(results: Results) -> list[str]:
     """Return images a second, a column a network: at the equal batch, and at everyone's largest."""
-    rows = [r for r in results.measured("training") if r["memory_gib"] == MEMORY]
+    rows = results.measured("training")
+    memory = _memory(rows)
+    rows = [row for row in rows if row["memory_gib"] == memory]
     known = {(r["network"], r["provider"], r["setting"]): r for r in rows}
     if not any(row["images_per_s"] for row in rows):
         return []
     settings = ("equal batch", "largest batch")
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    what = f"images a second: {' / '.join(settings)} in {MEMORY} GiB"
+    what = f"images a second: {' / '.join(settings)} in {memory:g} GiB"
     lines = []
     for provider in dict.fromkeys(row["provider"] for row in rows):
         line = {what: provider}
@@ -287,7 +293,7 @@ def headline(results: Results | None, predicted: Sequence[dict]) -> list[str]:
         slower = [
             f"{row['time_ratio']:.1f}"
             for row in predicted
-            if row["provider"] == OURS and _is_memory(row) and row.get("time_ratio")
+            if row["provider"] == OURS and row["memory_gib"] == MEMORY and row.get("time_ratio")
         ]
         lines += ["", f"Predicted on fake tensors; largest batches on a card: {NOT_YET}."]
         if slower:

@@ -134,6 +134,14 @@ def test_speed_is_told_of_right_results_and_its_bottleneck_named(card):
     assert "| dgrad | 3 | 3 | 30.0 % |" in lines
 
 
+def test_a_small_card_shows_what_it_has(card):
+    rows = summary.Results(card).rows("largest")
+    saved(card, "largest", [{**row, "memory_gib": 23.6} for row in rows[:2]])
+    said = section(summary.page(card), "In short")
+    assert "| largest batch in 23.6 GiB, 3 x 1260 x 2048 | uresnet |" in said
+    assert "| **fullres, bf16** | **41 (predicted 42)** |" in said
+
+
 def test_without_a_card_nothing_looks_measured(card):
     for name in summary.Results(card).files:
         rows = summary.Results(card).rows(name)
