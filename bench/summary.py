@@ -128,7 +128,8 @@ def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[st
         for r in predicted
         if r["memory_gib"] == memory and not r["failed"]
     }
-    foretold |= {of: r["predicted_batch"] for of, r in rows.items() if r["predicted_batch"]}
+    own = {of: row["predicted_batch"] for of, row in rows.items()}
+    foretold |= {of: batch for of, batch in own.items() if batch is not None}
     networks, providers = (
         list(dict.fromkeys(names)) for names in zip(*foretold, *rows, strict=True)
     )
