@@ -450,22 +450,29 @@ def test_the_largest_image_fits():
 
 
 @pytest.mark.parametrize(
-    ("network", "batch", "memory", "ratio"),
-    [("uresnet", 32, 39, 1.6), ("a21", 96, 40, 2.0), ("resnet50", 64, 40, 1.3)],
+    ("network", "batch", "memory", "host", "ratio"),
+    [
+        ("uresnet", 32, 39, 0, 1.53),
+        ("uresnet", 32, 39, 16, 1.45),
+        ("a21", 96, 40, 0, 1.8),
+        ("resnet50", 64, 40, 0, 1.2),
+    ],
 )
-def test_whole_images_by_the_dozen(network, batch, memory, ratio):
+def test_whole_images_by_the_dozen(network, batch, memory, host, ratio):
     shape = (batch, 3, 1260, 2048)
     with torch.device("meta"):
         model = resnet50() if network == "resnet50" else uresnet(network)
     labels = 0 if network == "resnet50" else batch * 3 * 1260 * 2048
     criterion = None if network == "resnet50" else focal()
     planned = plan(
-        model, shape, memory=f"{memory}GiB", criterion=criterion, reserve=labels, hardware="h200"
-    )
-    assert planned.peak_bytes <= memory * GIB
+        model, shape, memory=f"{memory}GiB", criterion=criterion, reserve=labels, hardware="h200",
+        host_memory=f"{host}GiB",
+    )  # fmt: skip
+    assert planned.peak_bytes <= memory * GIB and planned.host_bytes <= host * GIB
     assert planned.time_ratio <= ratio
     report = meter(
         convert(model, plan=planned), shape, criterion=criterion, optimizer=torch.optim.AdamW,
         autocast=torch.bfloat16, hold_output=False,
     )  # fmt: skip
     assert report.peak + labels == planned.peak_bytes
+    assert report.host_peak == planned.host_bytes
