@@ -19,6 +19,7 @@ import torch
 from .record import NOT_BEGUN, ROOT, card_answers, resumed, save, table
 
 HANGS = 120  # seconds after which a test is given up
+LEAVING = 10  # seconds that a process may take to its end when the card is lost to it
 GRACE = 0.08  # of the seconds allowed, beyond them: for the tests that run then
 LARGE = "past_two_to_the_31"  # in the names of tests that take up to 21 GiB: one process has them
 GIB = 2**30
@@ -100,7 +101,7 @@ class Worker:
     rows: list[dict] = field(default_factory=list)
     begun: tuple[str, float] | None = None  # the test that runs, and since when
     read: int = 0  # bytes of the journal
-    lost: bool = False  # whether the process has stopped because the card did
+    lost: float = 0.0  # since when the process stops because the card did
     over: bool = False
 
     @property
@@ -132,6 +133,10 @@ class Worker:
                 if self.begun:
                     self._fail(f"ran for more than {HANGS} s, and was stopped")
                 return self._again()
+            if self.lost and now > self.lost + LEAVING:
+                self.process.kill()
+                self.process.wait()
+                return self._again()
             if now > self.end:
                 self.stop()
             return not self.over
@@ -158,7 +163,7 @@ class Worker:
         return True
 
     def _start(self) -> None:
-        self.lost = False
+        self.lost = 0.0
         plugin = ["-p", "fullres.bench.device_tests", "--share", f"{self.number}/{self.count}"]
         plugin += ["--journal", str(self.journal), "--until", str(self.until)]
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short"]
@@ -196,7 +201,7 @@ class Worker:
                 elif "begun" in said:
                     self.begun = said["begun"], time.time()
                 elif "lost" in said:
-                    self.lost = True
+                    self.lost = time.time()
                 else:
                     self._came_out(said)
 
