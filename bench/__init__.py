@@ -1,7 +1,7 @@
 """Benchmarks: one module each, with run(out) -> rows; run by `fullres bench` and `make gpu`."""
 
 # What `fullres bench` knows, by module name.
-BENCHMARKS = ("kernels", "networks", "focal_loss", "memory", "batches", "events")
+BENCHMARKS = ("kernels", "focal_loss", "memory", "batches", "largest", "training", "events")
 
 # What `make gpu` and `fullres bench all` run, in this order: a module, and the seconds of its box.
 SECTIONS: dict[str, tuple[str, int]] = {

@@ -47,10 +47,12 @@ from .steps import (
     PUBLISHED,
     SMALL,
     Step,
+    compile_all,
     compile_kernels,
-    make_plan,
+    kept_plan,
     untuned,
 )
+from .turns import Behind, FailedError, HungError, UnfinishedError, take
 from .worker import Worker, reason
 
 RESULTS = ROOT / "bench" / "results"
@@ -58,7 +60,6 @@ MEMORIES = (40.0, 80.0)  # GiB, beside the whole card
 NAMES = (OURS, "eager bf16", "checkpoint each block, bf16", "eager float32", *COMPILED)
 STEPS, LONG = 2, 8.0  # a step that takes more seconds than that is the only one
 PREPARING, COMPILING, RUNNING = 180, 400, 90  # seconds in which an attempt must get ready, and end
-SHARE = 0.97  # of the memory, that our plans take where they can
 LEFT = 64 * 2**20  # bytes: a process that holds more after an attempt is of no more use
 WITHOUT = {  # a GPU
     "image": (3, 64, 96),
@@ -73,7 +74,7 @@ COLUMNS = (
     "step_s", "images_per_s", "attempts", "seconds", "device", "failed",
 )  # fmt: skip
 # What libraries say that ask the driver for memory by themselves.
-_NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)
+NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -115,58 +116,12 @@ class Cell:
 # In the process of an attempt
 
 
-class _Attempt(threading.Thread):
-    """Steps on a batch, which wait for their turn on the device."""
-
-    def __init__(self, cell: Cell, batch: int):
-        """Take what is to be run."""
-        super().__init__(daemon=True)
-        self.cell, self.batch = cell, batch
-        self.waits, self.turn = threading.Event(), threading.Event()
-        self.found: dict[str, Any] | None = None
-        self.began = 0.0
-
-    def run(self) -> None:
-        """Run the steps; `found` says how it went."""
-        try:
-            self.found = _trained(self.cell, self.batch, self.ready)
-        except Exception as error:
-            self.found = _failure(error)
-        finally:
-            self.waits.set()
-
-    def ready(self) -> None:
-        """Wait for the turn; it lasts to the end."""
-        if not self.turn.is_set():
-            self.waits.set()
-            self.turn.wait()
-            self.began = time.perf_counter()
-            _limit(self.cell)
-
-
-_attempt: _Attempt | None = None  # of this process
-
-
-def prepare(cell: Cell, batch: int) -> dict[str, Any] | None:
-    """Begin an attempt; return what is found if that needs no device, None once it waits for it."""
-    global _attempt
-    _attempt = _Attempt(cell, batch)
-    _attempt.start()
-    _attempt.waits.wait()
-    return None if _attempt.found is None else _ended(_attempt)
-
-
-def finish() -> dict[str, Any]:
-    """Run the steps of the attempt that waits, and return what is found."""
-    _attempt.turn.set()
-    return _ended(_attempt)
-
-
-def _ended(attempt: _Attempt) -> dict[str, Any]:
-    """Return what an attempt found, having freed its memory."""
-    global _attempt
-    attempt.join()
-    _attempt = None
+def attempt(cell: Cell, batch: int, ready: Callable[[], None]) -> dict[str, Any]:
+    """Run steps on a batch; return how that went, and what they took."""
+    try:
+        found = _trained(cell, batch, ready)
+    except Exception as error:
+        found = _failure(error)
     gc.collect()
     stale = False
     if torch.cuda.is_initialized():
@@ -174,7 +129,7 @@ def _ended(attempt: _Attempt) -> dict[str, Any]:
         gc.collect()
         torch.cuda.empty_cache()
         stale = torch.cuda.memory_allocated() > LEFT
-    return {**attempt.found, "stale": stale}
+    return {**found, "stale": stale}
 
 
 def _limit(cell: Cell) -> None:
@@ -187,7 +142,7 @@ def _limit(cell: Cell) -> None:
 def _failure(error: Exception) -> dict[str, Any]:
     """Return what an exception says: that memory is too little, or that something is wrong."""
     text = reason(error)
-    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
         return {"outcome": "memory", "why": text}
     return {"outcome": "failed", "why": text}
 
@@ -201,14 +156,20 @@ def _trained(cell: Cell, batch: int, ready: Callable[[], None]) -> dict[str, Any
             compile_kernels(network, cell.image, batch, plan, cell.work / cell.network)
     if cell.provider in COMPILED:  # whose parameters and batch lie on the device meanwhile
         _limit(cell)
+    began = [0.0]
+
+    def begin() -> None:
+        ready()
+        began[0] = time.perf_counter()
+        _limit(cell)
 
     def make() -> Step:
         return PROVIDERS[cell.provider](
-            network, cell.image, batch, device=cell.device, plan=plan, ready=ready
+            network, cell.image, batch, device=cell.device, plan=plan, ready=begin
         )
 
     with untuned():
-        found = _simulated(make) if cell.device == "cpu" else _measured(make)
+        found = (_simulated if cell.device == "cpu" else _measured)(make, began)
     if max(found["peak"], found["reserved"] or 0) > cell.memory:
         raise torch.OutOfMemoryError(f"out of memory: {found['peak']} bytes at the peak")
     return {
@@ -218,13 +179,16 @@ def _trained(cell: Cell, batch: int, ready: Callable[[], None]) -> dict[str, Any
     }
 
 
-def _steps(step: Step, before: Callable[[], None] = lambda: None) -> tuple[float, int]:
-    """Run a few steps; return the seconds of the last, and how many they were."""
+def _steps(step: Step, began: Sequence[float], before: Callable[[], None]) -> tuple[float, int]:
+    """Run a few steps; return the seconds of the last, and how many they were.
+
+    began: when it was our turn, which for compiled steps is within the first.
+    """
     for number in range(1, STEPS + 1):
         before()
         start = time.perf_counter()
         loss = step.run().item()  # which waits for the device
-        took = time.perf_counter() - max(start, _attempt.began if _attempt else 0.0)
+        took = time.perf_counter() - max(start, began[0])
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(f"loss: want a finite one, got {loss} in step {number}")
         if took > LONG:
@@ -232,10 +196,10 @@ def _steps(step: Step, before: Callable[[], None] = lambda: None) -> tuple[float
     return took, number
 
 
-def _measured(make: Callable[[], Step]) -> dict[str, Any]:
+def _measured(make: Callable[[], Step], began: Sequence[float]) -> dict[str, Any]:
     """Run steps on a GPU."""
     step = make()
-    took, count = _steps(step, torch.cuda.reset_peak_memory_stats)
+    took, count = _steps(step, began, torch.cuda.reset_peak_memory_stats)
     torch.cuda.synchronize()
     free, whole = torch.cuda.mem_get_info()
     return {
@@ -248,11 +212,11 @@ def _measured(make: Callable[[], Step]) -> dict[str, Any]:
     }
 
 
-def _simulated(make: Callable[[], Step]) -> dict[str, Any]:
+def _simulated(make: Callable[[], Step], began: Sequence[float]) -> dict[str, Any]:
     """Run steps on the CPU and count the bytes of their tensors."""
     with LiveBytes(torch.device("cpu")) as live:
         step = make()
-        took, count = _steps(step, live.restart)
+        took, count = _steps(step, began, live.restart)
     return {
         "peak": live.peak, "reserved": None, "used": None, "retries": None,
         "step_s": took, "steps": count,
@@ -260,29 +224,11 @@ def _simulated(make: Callable[[], Step]) -> dict[str, Any]:
 
 
 def _plan(cell: Cell, batch: int) -> Plan:
-    """Return the plan of a batch, kept in the cell's folder.
-
-    Raises:
-        torch.OutOfMemoryError: there is none.
-    """
-    size = "x".join(map(str, cell.image))
-    path = cell.plans and cell.plans / f"{cell.network}-{batch}x{size}-{cell.memory}.json"
-    if path and path.exists():
-        return Plan.load(path)
-    network = NETWORKS[cell.network]
+    """Return the plan of a batch; raises torch.OutOfMemoryError if there is none."""
     try:
-        try:
-            found = make_plan(network, cell.image, batch, int(SHARE * cell.memory))
-        except InfeasibleError as error:
-            found = make_plan(network, cell.image, batch, min(cell.memory, error.least))
+        return kept_plan(cell.network, cell.image, batch, cell.memory, cell.plans)
     except InfeasibleError as error:
         raise torch.OutOfMemoryError(f"no plan fits: {error.least} bytes are the least") from None
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        found.save(partial)
-        partial.replace(path)
-    return found
 
 
 # The search
@@ -315,10 +261,6 @@ def search(start: int, fits: int = 0, fails: int | None = None) -> Generator[int
 Try = Callable[[Cell, int, float], dict[str, Any]]  # a batch, until a time.time()
 
 
-class UnfinishedError(Exception):
-    """The section's time is over."""
-
-
 class Attempts:
     """Tries batches of one cell in a process beside this one, which a failure replaces."""
 
@@ -327,35 +269,20 @@ class Attempts:
         self.turn, self.worker = turn, Worker()
 
     def __call__(self, cell: Cell, batch: int, until: float) -> dict[str, Any]:
-        """Return what an attempt finds.
+        """Return what an attempt finds; raises UnfinishedError if the time is over before."""
 
-        Raises:
-            UnfinishedError: the time was over before.
-        """
+        def after(found: dict[str, Any]) -> None:
+            if cell.whole or found["outcome"] != "fits" or found["stale"]:
+                self.worker.end()  # while it is our turn, so that its memory is free
+
         limit = COMPILING if cell.provider in COMPILED else PREPARING
-        found = self.ask("preparing", limit, until, prepare, cell, batch)
-        if found is None:
-            if not self.turn.acquire(timeout=max(0.0, min(until - time.time(), 1e6))):
-                raise UnfinishedError
-            try:
-                found = self.ask("running", RUNNING, until, finish)
-                if cell.whole or found["outcome"] != "fits" or found["stale"]:
-                    self.worker.end()  # within the turn, so that its memory is free
-            finally:
-                self.turn.release()
-        return found
-
-    def ask(self, what: str, limit: float, until: float, work: Callable, *args: Any) -> Any:
-        """Call the process, for so many seconds at most."""
-        end = time.time() + limit
         try:
-            return self.worker(work, *args, until=min(end, until))
-        except TimeoutError:
-            if until <= end:
-                raise UnfinishedError from None
-            return {"outcome": "failed", "why": f"{what} took more than {limit} s", "stale": True}
-        except Exception as error:  # this cell's: the others are measured all the same
-            return {"outcome": "failed", "why": f"{what}: {reason(error)}", "stale": True}
+            return take(
+                self.worker, self.turn, attempt, cell, batch,
+                getting_ready=limit, running=RUNNING, until=until, after=after,
+            )  # fmt: skip
+        except (FailedError, HungError) as error:
+            return {"outcome": "failed", "why": str(error), "stale": True}
 
     def end(self) -> None:
         """End the process."""
@@ -363,7 +290,7 @@ class Attempts:
 
 
 def largest(
-    cell: Cell, row: dict, counted: Sequence[dict], attempt: Try, until: float
+    cell: Cell, row: dict, counted: Sequence[dict], trial: Try, until: float
 ) -> Generator[dict, None, None]:
     """Look for a cell's largest batch; yield its row, whenever more of it is known.
 
@@ -371,7 +298,7 @@ def largest(
         cell: whose.
         row: what is known, as `blank` or an earlier call left it.
         counted: rows of `batches.py`, which foretell where to begin.
-        attempt: tries a batch.
+        trial: tries a batch.
         until: the time.time() at which to stop; the row then says that it is not finished.
     """
     foretold = foretell(counted, cell)[0]
@@ -383,7 +310,7 @@ def largest(
         try:
             if time.time() >= until:
                 raise UnfinishedError
-            found = attempt(cell, batch, until)
+            found = trial(cell, batch, until)
         except UnfinishedError:
             words = "not finished" if row["attempts"] else "not begun"
             yield {**row, "failed": f"{words} {NOT_FINISHED}"}
@@ -554,8 +481,13 @@ def run(
             attempts.end()
 
     save("largest", list(rows.values()), out)
+    behind = ()
+    if gpu:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(work / "cache"))
+        if OURS in providers:  # what `training.py` will need, as long as this takes
+            behind = [(compile_all, network, image, work) for network in networks]
     many = workers or max(2, min(8, (os.cpu_count() or 2) // 2))
-    with mock.patch.dict(os.environ, ALLOCATOR):
+    with mock.patch.dict(os.environ, ALLOCATOR), Behind(behind):
         for phase, alone in phases:
             with ThreadPoolExecutor(1 if alone else many) as pool:
                 list(pool.map(look, phase))  # which raises what a thread has raised

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine import Plan, convert, plan
+from ..engine import InfeasibleError, Plan, convert, plan
 from ..engine.cards import Hardware
 from ..engine.fusion import POLICIES
 from ..models import UResNetConfig, resnet50, uresnet
@@ -29,6 +29,7 @@ IMAGE = (3, 1260, 2048)
 GIB = 2**30
 OCCUPIED = 0.03  # of an image's pixels are not 0; events have a few in a hundred
 CLASSES = 3
+SHARE = 0.97  # of the memory, that plans which are to run are made for, as with memory="auto"
 UNLIMITED = 2**60  # bytes, of a plan that need not save any
 
 
@@ -222,7 +223,60 @@ def make_plan(
     )
 
 
+def kept_plan(
+    network: str,
+    image: Sequence[int],
+    batch: int,
+    memory: int | None,
+    folder: Path | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """Return the plan of a step that is to really run in so many bytes, kept in a folder.
+
+    The plan is for `SHARE` of the memory, and where that does not suffice, the one that takes
+    least: an allocator's rounding and workspaces need some.
+
+    Raises:
+        InfeasibleError: the memory does not suffice.
+    """
+    words = network, f"{batch}x{'x'.join(map(str, image))}", memory or "any", str(dtype)[6:]
+    path = folder and folder / f"{'-'.join(map(str, words))}.json"
+    if path and path.exists():
+        return Plan.load(path)
+    make = NETWORKS[network], image, batch
+    try:
+        found = make_plan(*make, memory and int(SHARE * memory), dtype=dtype)
+    except InfeasibleError as error:
+        found = make_plan(*make, min(memory, error.least), dtype=dtype)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        found.save(part)
+        part.replace(path)
+    return found
+
+
 # Our kernels
+
+
+def compile_all(network: str, image: Sequence[int], out: Path) -> None:
+    """Compile all that a tuner may try in a network's steps, while nobody else needs the cores.
+
+    Of the fastest plan and of that of least memory, for few images: how many decides nothing.
+    """
+    folder = out / f"{network}-all"
+    if (folder / "done").exists() or not compile_target():
+        return
+    os.nice(19)
+    make = NETWORKS[network], image, 2
+    plans = [make_plan(*make)]
+    try:
+        make_plan(*make, 1)
+    except InfeasibleError as error:
+        plans.append(make_plan(*make, error.least))
+    for number, each in enumerate(plans):
+        compile_kernels(*make, each, folder / str(number), first=False)
+    (folder / "done").touch()
 
 
 def compile_kernels(
@@ -292,6 +346,22 @@ def untuned() -> Iterator[None]:
         return self.fn.run(*args, **kwargs, **self.best_config.all_kwargs())
 
     with mock.patch.object(Autotuner, "run", first):
+        yield
+
+
+@contextmanager
+def quick_tuning() -> Iterator[None]:
+    """Let a tuner time each configuration for some 20 ms inside, and not for 125.
+
+    A network asks it some hundred times. Only tuners that have not timed anything yet.
+    """
+    try:
+        from triton.runtime.autotuner import Autotuner
+        from triton.testing import do_bench
+    except ImportError:  # then there are no kernels
+        yield
+        return
+    with mock.patch.object(Autotuner, "do_bench", partial(do_bench, warmup=2, rep=15), create=True):
         yield
 
 

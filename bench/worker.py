@@ -6,6 +6,7 @@ gets a fresh one.
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -44,7 +45,7 @@ class Worker:
         try:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(
-                    1, mp_context=get_context("spawn"), initializer=_leave_with, initargs=_me()
+                    1, mp_context=get_context("spawn"), initializer=leave_with, initargs=_me()
                 )
                 self._process = self._wait(self._pool.submit(os.getpid), until)
             result, failed = self._wait(self._pool.submit(_answer, work, args), until)
@@ -74,6 +75,7 @@ class Worker:
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process, signal.SIGKILL)
+                _wait_for_end(self._process)  # then what it held on the device is free
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool, self._process = None, 0
 
@@ -101,11 +103,22 @@ def _answer(work: Callable, args: tuple) -> tuple[Any, str]:
         return None, reason(error)
 
 
+def _wait_for_end(process: int) -> None:
+    """Wait until a process has ended, for as long as a driver may take to let go of it."""
+    if not hasattr(os, "pidfd_open"):  # elsewhere than on Linux
+        return
+    end = os.pidfd_open(process)
+    try:
+        select.select([end], [], [], 10.0)
+    finally:
+        os.close(end)
+
+
 def _me() -> tuple[int]:
     return (os.getpid(),)
 
 
-def _leave_with(parent: int) -> None:
+def leave_with(parent: int) -> None:
     """End this process when its parent has gone: it would hold the device for ever."""
 
     def watch() -> None:

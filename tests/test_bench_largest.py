@@ -1,6 +1,7 @@
 """The search for the largest batch that trains: its answers, and that failures cost their own."""
 
 import json
+import os
 import threading
 import time
 
@@ -125,33 +126,39 @@ def test_out_of_time_it_says_how_far_it_got_and_goes_on_there():
 # What runs in the worker in these tests: it travels by name.
 
 
-def no_trial(cell, batch):
-    return
-
-
-def crash():
-    import os
-
+def crash(cell, batch, ready):
+    ready()
     os._exit(1)
 
 
-def hang():
+def hang(cell, batch, ready):
+    ready()
     time.sleep(60)
+
+
+def raises(cell, batch, ready):
+    raise ValueError("no such network")
 
 
 def test_a_crash_and_a_hang_end_as_failures_and_free_the_device(monkeypatch):
     turn = threading.Lock()
-    monkeypatch.setattr(largest, "prepare", no_trial)
     monkeypatch.setattr(largest, "RUNNING", 1.0)
-    attempts = largest.Attempts(turn)
-    for work, why in ((crash, "its process died"), (hang, "running took more than 1.0 s")):
-        monkeypatch.setattr(largest, "finish", work)
-        found = attempts(cell(), 1, NEVER)
+    trial = largest.Attempts(turn)
+    for work, why in (
+        (crash, "its process died"),
+        (hang, "running took more than 1 s"),
+        (raises, "ValueError: no such network"),
+    ):
+        monkeypatch.setattr(largest, "attempt", work)
+        found = trial(cell(), 1, NEVER)
         assert found["outcome"] == "failed" and why in found["why"]
         assert not turn.locked()
-    with pytest.raises(largest.UnfinishedError):
-        attempts(cell(), 1, time.time() + 0.5)
-    attempts.end()
+    monkeypatch.setattr(largest, "attempt", hang)
+    for seconds in (0.1, 4.0):  # while it gets ready, while it waits for its turn
+        with pytest.raises(largest.UnfinishedError):
+            trial(cell(), 1, time.time() + seconds)
+        turn.acquire(blocking=False)
+    trial.end()
 
 
 def test_out_of_memory_is_known_from_what_is_said():
@@ -169,6 +176,13 @@ def test_real_steps_in_processes_under_a_simulated_memory(tmp_path, capsys, monk
     monkeypatch.setattr(largest, "environment", lambda: {"commit": "abc"})
     options = {"image": (3, 48, 64), "memories": (0.0025,)}
     names = ("fullres, bf16", "eager bf16")
+    counted = {**ROW, "provider": names[0], "image": "3x48x64", "batch": 8, "memory_gib": 0.0025}
+    count = largest._count_small  # of ours it takes longer than the search
+    monkeypatch.setattr(
+        largest,
+        "_count_small",
+        lambda cells: [counted, *count(c for c in cells if "eager" in c.provider)],
+    )
     rows = largest.run(tmp_path, providers=names, **options)
     ours, eager = rows
     assert not ours["failed"] and not eager["failed"]

@@ -1,0 +1,222 @@
+"""The benchmark of training steps prints a ratio for right results alone, and keeps what it has."""
+
+import copy
+import os
+import time
+
+import pytest
+import torch
+
+from fullres.bench import record, steps, training
+from fullres.bench.training import EQUAL, ONE, OWN, Job
+
+IMAGE = (3, 24, 32)
+OURS = "fullres, float32"
+PROVIDERS = ("eager float32", OURS)
+SMALL = Job(
+    steps.SMALL, EQUAL, 2, None, PROVIDERS, IMAGE, "cpu", base="eager float32"
+)  # fmt: skip
+
+
+def row(provider, setting=EQUAL, batch=2, seconds=1.0, gradient=1e-4, loss=1e-5, **more):
+    """A row of a card that was timed."""
+    job = Job("a21", setting, batch, 2**30, (provider,), IMAGE, "cpu")
+    found = job.blank(provider) | {"device": "card", "failed": "", "step_s": seconds}
+    found |= {"images_per_s": batch / seconds, "gradient_error": gradient, "loss_error": loss}
+    return found | more
+
+
+def judged(*rows):
+    job = Job("a21", EQUAL, 2, 2**30, ("eager bf16",), IMAGE, "cpu")
+    return training.judged([*rows], {training._key(each): job for each in rows})
+
+
+def test_a_ratio_is_of_images_a_second():
+    eager, ours, largest = judged(
+        row("eager bf16"), row(steps.OURS, seconds=0.5),
+        row(steps.OURS, OWN, batch=30, seconds=10.0),
+    )  # fmt: skip
+    assert (eager["over_eager"], ours["over_eager"]) == (1.0, 2.0)
+    assert largest["over_eager"] == 1.5  # over eager's own largest batch, which is the equal one
+    assert not ours["wrong"]
+
+
+def test_a_wrong_result_has_no_ratio():
+    def ratios(eager="", ours="", **more):
+        found = judged(row("eager bf16", wrong=eager), row(steps.OURS, wrong=ours, **more))
+        return [r["over_eager"] for r in found]
+
+    assert ratios() == [1.0, 1.0]
+    assert ratios(ours="gradients") == [1.0, "WRONG"]
+    assert ratios(eager="gradients") == ["WRONG", "WRONG"]
+    assert ratios(gradient=None) == [1.0, "WRONG"]  # nobody has looked
+
+
+def test_results_are_wrong_where_they_are_further_off_than_the_bases():
+    theirs = 1e-3, torch.logspace(-2, 0, 40).double()
+
+    def wrong(loss=1.0, **times):
+        factors = torch.ones(40).double()
+        for number, factor in times.items():
+            factors[int(number[1:]) :] *= factor
+        return training.wrong_by((theirs[0] * loss, theirs[1] * factors), theirs)
+
+    assert not wrong() and not wrong(loss=9.0, _0=1.9) and not wrong(_39=3.9)
+    assert "the loss is off by 0.011" in wrong(loss=11.0)
+    assert "off by 2.1 times" in wrong(_0=2.1)
+    assert "off by 4.1 times" in wrong(_39=4.1)
+    assert "nan" in wrong(loss=float("nan")) and "nan" in wrong(_39=float("nan"))
+    exact = 0.0, torch.zeros(40).double()
+    assert not training.wrong_by((1e-3, torch.full((40,), 0.019).double()), exact)
+    assert training.wrong_by((1e-3, torch.full((40,), 0.021).double()), exact)
+
+
+def test_compiled_steps_are_right_where_they_were_at_the_equal_batch():
+    name = "torch.compile, bf16"
+    compiled = row(name, OWN, batch=4, gradient=None)
+    *_, found = judged(row("eager bf16"), row(name, checked_images=2), compiled)
+    assert found["over_eager"] == 2.0 and found["checked_images"] == 2
+    *_, found = judged(row("eager bf16"), row(name, wrong="gradients"), compiled)
+    assert found["over_eager"] == "WRONG"
+    *_, found = judged(row("eager bf16"), compiled)
+    assert found["wrong"] == "not checked"
+
+
+def test_the_roof_is_our_plans_by_image():
+    ours, eager, other = judged(
+        row(steps.OURS, seconds=0.5, roof_s=0.2), row("eager bf16", ONE, 1, seconds=1.0),
+        row(steps.OURS, OWN, 30, seconds=10.0, roof_s=2.5),
+    )  # fmt: skip
+    assert ours["of_roof"] == pytest.approx(0.4)
+    assert eager["of_roof"] == pytest.approx(0.1)
+    assert other["of_roof"] == pytest.approx(0.25)
+
+
+def test_bottlenecks_are_named():
+    kernel = {**row(steps.OURS), "kernel": "dgrad", "calls": 3, "ms": 30.0, "share": 0.75}
+    (line,) = training.bottlenecks([kernel, {**kernel, "kernel": "wgrad", "ms": 10, "share": 0.25}])
+    assert line == f"a21, {steps.OURS}, {EQUAL}, 2 images: 40 ms, of which dgrad 75 %, wgrad 25 %"
+
+
+@pytest.fixture
+def bench():
+    """The benchmark of the small job, in this process."""
+    training.begin(SMALL, lambda: None)
+    yield training._bench
+    training._bench = None
+    torch.backends.cudnn.benchmark = False
+
+
+def test_steps_are_checked_as_they_are_timed(bench, monkeypatch):
+    told = []
+    found = training.add(OURS, lambda: told.append(True))
+    assert told == [True] and not found["wrong"]
+    assert found["gradient_error"] < 0.01 and found["loss_error"] < 1e-5
+    timed = training.turn(OURS, 0.01)
+    assert all(seconds > 0 for seconds in timed["times"])
+    gradients = steps.Step.gradients
+
+    def wrong(self, images=None):
+        loss, found = gradients(self, images)
+        return loss * 1.05, found * 1.05
+
+    monkeypatch.setattr(steps.Step, "gradients", wrong)
+    found = training.add(OURS, lambda: None)
+    assert found["gradient_error"] == pytest.approx(0.05, rel=0.1)
+    assert "the loss" in found["wrong"] and "gradients" in found["wrong"]
+
+
+def test_all_train_on_the_same_images(bench):
+    for provider in PROVIDERS:
+        training.add(provider, lambda: None)
+    first, second = bench.steps.values()
+    assert first.images is second.images and first.labels is second.labels
+
+
+def test_a_failure_is_said_and_the_others_go_on(bench, monkeypatch):
+    def broken(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(steps.PROVIDERS, "broken", broken)
+    assert training.add("broken", lambda: None) == {"failed": "OutOfMemoryError: out of memory"}
+    training.add(OURS, lambda: None)
+    monkeypatch.setattr(steps.Step, "run", broken)
+    assert "out of memory" in training.turn(OURS, 0.01)["failed"]
+    assert OURS not in bench.steps
+
+
+def test_time_is_split_by_kernel(bench):
+    training.add("eager float32", lambda: None)
+    kernels = training.profiled("eager float32")
+    assert any("conv" in each["kernel"] for each in kernels)
+    assert sum(each["share"] for each in kernels) == pytest.approx(1)
+    assert kernels[:-1] == sorted(kernels[:-1], key=lambda each: -each["ms"])
+
+
+def die(provider, ready):
+    """What runs in place of training.add in the worker: it travels by name."""
+    if provider == OURS:
+        os._exit(1)
+    return training.add(provider, ready)
+
+
+def test_a_process_that_dies_costs_its_own_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "add", die)
+    timing = training.Timing(tmp_path, [SMALL], float("inf"), 1, 0.01)
+    timing.run(SMALL, [OURS, "eager float32"])
+    ours, eager = timing.rows[_key(OURS)], timing.rows[_key("eager float32")]
+    assert "died" in ours["failed"] and ours["step_s"] is None
+    assert not eager["failed"] and eager["step_s"] > 0
+
+
+def _key(provider):
+    return training._key(SMALL.blank(provider))
+
+
+def test_it_goes_on_where_time_was_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "_commit", lambda: "abc")
+    monkeypatch.setattr(training, "_small_jobs", lambda *_: [SMALL])
+    rows = training.run(tmp_path, seconds=0, image=IMAGE)
+    assert {each["failed"] for each in rows} == {record.NOT_BEGUN}
+    rows = training.run(tmp_path, image=IMAGE, rounds=1)
+    assert [each["provider"] for each in rows] == [*PROVIDERS]
+    for each in rows:
+        assert not each["failed"] and each["device"] == "cpu" and each["checked_images"] == 2
+        assert each["step_s_20"] <= each["step_s"] <= each["step_s_80"]
+    assert rows[0]["over_eager"] == 1 and isinstance(rows[1]["over_eager"], float)
+    printed = capsys.readouterr().out
+    assert "NOT RUN ON A CARD" in printed and "of which" in printed
+    for name in ("training.csv", "training.png", "training_kernels.csv"):
+        assert (tmp_path / name).stat().st_size > 100
+    before = copy.deepcopy(rows)
+    start = time.perf_counter()
+    assert training.run(tmp_path, image=IMAGE) == before  # what is timed is not timed again
+    assert time.perf_counter() - start < 5
+
+
+def test_jobs_of_a_card_take_batches_that_were_measured(tmp_path, monkeypatch):
+    class Card:
+        total_memory = 80 * 2**30
+        name = "card"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "card")
+    known = {"network": "a21", "provider": steps.OURS, "memory_gib": 40.0, "batch": 77}
+    monkeypatch.setattr(
+        training, "resumed", lambda name, out: [{**known, "failed": ""}] * (name == "largest")
+    )
+    jobs = training._jobs(tmp_path, training.ORDER, steps.IMAGE, None)
+    (ours,) = (
+        job for job in jobs
+        if (job.network, job.setting, job.providers) == ("a21", OWN, (steps.OURS,))
+        and not job.whole
+    )  # fmt: skip
+    assert ours.batch == 77 and ours.memory == 40 * 2**30
+    assert {p for job in jobs for p in job.providers} == {*training.NAMES}
+    equal = {(j.network, j.whole): j.batch for j in jobs if j.setting == EQUAL}
+    assert equal["a21", False] == 9 and equal["a21", True] == 18  # of the recorded table
+    assert ("uresnet", False) not in equal  # where one image is all that eager bf16 holds
+    keys = [training._key(job.blank(p)) for job in jobs for p in job.providers]
+    assert len(keys) == len({*keys})
+    first = jobs.index(ours)
+    assert all(job.providers[0] in steps.COMPILED or not job.whole for job in jobs[:first])
