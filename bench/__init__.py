@@ -1,7 +1,10 @@
 """Benchmarks: one module each, with run(out) -> rows; run by `fullres bench` and `make gpu`."""
 
 # What `fullres bench` knows, by module name.
-BENCHMARKS = ("kernels", "focal_loss", "memory", "batches", "largest", "training", "events")
+BENCHMARKS = (
+    "kernels", "focal_loss", "memory", "batches", "largest", "training", "convergence", "scaling",
+    "events",
+)  # fmt: skip
 
 # What `make gpu` and `fullres bench all` run, in this order: a module, and the seconds of its box.
 SECTIONS: dict[str, tuple[str, int]] = {

@@ -290,6 +290,21 @@ def test_a_rehearsal_runs_every_section_and_writes_its_page(monkeypatch, facts, 
         assert "NOT RUN ON A CARD" in section and "| --- |" in section
 
 
+@needs_no_gpu
+def test_sections_without_time_say_what_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "_run", here)
+    monkeypatch.setattr(gpu, "GRACE", 1.0)  # all of a box
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    names = ["largest", "training", "convergence", "scaling"]
+    assert gpu.main(["--smoke", "--only", ",".join(names), "--out", str(tmp_path)]) == 3
+    assert outcomes(tmp_path) == dict.fromkeys(names, gpu.INCOMPLETE)
+    page = (tmp_path / summary.PAGE).read_text()
+    assert "FAILED" not in page
+    for name in names:
+        section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert "NOT RUN ON A CARD" in section and "not finished" in section
+
+
 def test_refuses_sections_it_does_not_have(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "tests,everything"])
