@@ -15,8 +15,8 @@ from .code import Code
 
 # Values that are no tensors, or several: a call works them out along with itself.
 _SIZES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device", "is_cuda"}
-_SEVERAL = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "meshgrid"}
-_ARITHMETIC = {
+SEVERAL = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "meshgrid"}
+ARITHMETIC = {
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
     operator.neg, int, float, len, max, min, round, abs, tuple, list,
 }  # fmt: skip
@@ -58,19 +58,19 @@ _LINEAR_LAYERS = (
 
 def is_inner(node: fx.Node) -> bool:
     """Whether a node's value is a size, or several tensors."""
-    name = _name(node)
+    name = name_of(node)
     if node.op == "call_method":
-        return name in _SIZES | _SEVERAL
+        return name in _SIZES | SEVERAL
     if node.op != "call_function":
         return False
     if node.target is getattr:
         return len(node.args) > 1 and node.args[1] in _SIZES
-    if name in _SEVERAL:
+    if name in SEVERAL:
         return True
     sources = node.all_input_nodes
     if node.target is operator.getitem:
-        return is_inner(node.args[0]) and _name(node.args[0]) not in _SEVERAL
-    return node.target in _ARITHMETIC and bool(sources) and all(map(is_inner, sources))
+        return is_inner(node.args[0]) and name_of(node.args[0]) not in SEVERAL
+    return node.target in ARITHMETIC and bool(sources) and all(map(is_inner, sources))
 
 
 def is_call(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -79,7 +79,7 @@ def is_call(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return False
     if any(u.target is operator.getitem and isinstance(u.args[1], int) for u in node.users):
         return False  # its value may be several tensors
-    name = _name(node)
+    name = name_of(node)
     if node.op == "call_module":
         return _is_stateless(modules[str(node.target)]) and len(node.args) == 1 and not node.kwargs
     if node.op == "call_method":
@@ -99,14 +99,14 @@ def is_random(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a call draws random numbers."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], nn.modules.dropout._DropoutNd)
-    return "dropout" in _name(node)
+    return "dropout" in name_of(node)
 
 
 def is_linear(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a call's gradient depends on its inputs' sizes alone."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], _LINEAR_LAYERS)
-    return _name(node) in _LINEAR_NAMES
+    return name_of(node) in _LINEAR_NAMES
 
 
 def inside(node: fx.Node) -> list[fx.Node]:
@@ -154,7 +154,8 @@ def called(layer: Any, *args: Any) -> Any:
     return layer(*args)
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Return the name of what a node calls."""
     return str(getattr(node.target, "__name__", node.target))
 
 

@@ -142,7 +142,7 @@ def _apply(model: nn.Module, plan: "Plan") -> None:
             )
         planned = program.changed(
             dropped=part.dropped, remote=part.remote, again=part.again,
-            offloaded=tuple(Stay(*stay) for stay in part.offloaded),
+            offloaded=tuple(Stay(*stay) for stay in part.offloaded), images=part.images,
         )  # fmt: skip
         changed[part.name] = planned.joined(part.joined)
     schedule(model, changed)

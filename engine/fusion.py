@@ -25,7 +25,7 @@ from ..ops.batch_norm import SyncBatchNorm
 from ..ops.geometry import DTYPES
 from ..ops.program import Call, Conv, Norm, Program, Source, Term, Write, cheap, closing
 from ..ops.segment import run, run_whole
-from . import calls
+from . import apart, calls
 
 POLICIES = ("keep", "closing", "series")
 WHOLE = "whole"  # the policy of a network that is read for a plan
@@ -934,6 +934,7 @@ def _program(
                     linear=calls.is_linear(step.node, reader.modules),
                     random=calls.is_random(step.node, reader.modules),
                     cast=any(step.out is r.cell for s in steps if not s.call for r in s.reads),
+                    apart=apart.rank_of(step.node, reader.modules),
                 )
             )
             layers += is_module

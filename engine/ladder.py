@@ -4,6 +4,9 @@ What a rung takes is known twice: by sums, from one run of the step in which the
 segments are noted, and from `simulate`; and, for the rungs that matter, by running it on fake
 tensors. The rungs do not depend on a budget, so more of it never leads to a slower one; nor does
 what each becomes where some of what it holds waits in host memory.
+
+Where images may be computed a few at a time, each schedule is a rung by itself, and one for each
+size of a part.
 """
 
 from bisect import bisect_right
@@ -18,17 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..ops import segment
+from ..ops import parts, segment
 from ..ops.program import Program, read
 from .cards import Hardware
 from .cards import hardware as card
 from .convert import convert_whole, programs, schedule
 from .costs import StepTime, step_times
+from .images import Parts, part_sizes
 from .live_bytes import LiveBytes
 from .memory_report import MemoryReport
 from .meter import meter
 from .offload import Leaving
-from .schedule import Costs, Outcome, Way, frontier, simulate
+from .schedule import Costs, Outcome, Way, fastest, frontier, simulate
 
 FAR = 0.1  # of a program's steps, between a slot and its last reader, or at least as many as
 FAR_STEPS = 16
@@ -85,10 +89,14 @@ class _Event(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reading:
-    """A network read as a whole: its costs and what happens around segments."""
+    """A network read as a whole: its costs and what happens around segments.
+
+    parts: the ways to part the batch, of segments that may.
+    """
 
     model: nn.Module
     costs: dict[str, Costs]
+    parts: dict[str, list[Parts]]
     events: list[_Event]
 
     def peak(self, outcomes: Mapping[str, Outcome]) -> int:
@@ -121,10 +129,15 @@ class Ladder:
         hardware: str | Hardware | None,
         optimizer: Any,
         *,
+        split: bool = False,
         least: bool = False,
     ):
-        """Read the network and find the rungs; `least`: those of little memory alone."""
-        self.model, self.shape, self.dtype = model, shape, dtype
+        """Read the network and find the rungs.
+
+        split: whether segments may run a few images at a time, where each is computed by itself.
+        least: only those of little memory.
+        """
+        self.model, self.shape, self.dtype, self._split = model, shape, dtype, split
         self.hardware = hardware if isinstance(hardware, Hardware) else card(hardware)
         self._criterion, self._optimizer = criterion, optimizer
         self._reading = self._read()
@@ -141,6 +154,10 @@ class Ladder:
     def costs(self) -> dict[str, Costs]:
         """The segments' costs, by their names."""
         return self._reading.costs
+
+    def parts(self, name: str, images: int) -> Parts:
+        """Return the costs of a segment that runs so many images at a time."""
+        return next(each for each in self._reading.parts[name] if each.images == images)
 
     def within(self, budget: int, host: int = 0) -> Rung | None:
         """Return the fastest rung whose step, run on fake tensors, stays within a budget.
@@ -247,24 +264,44 @@ class Ladder:
         with _following() as notes:
             report = self._meter(model, self.shape)
         costs: dict[str, Costs] = {}
+        passes: dict[str, segment.Pass] = {}
         for note in notes:
             name = names[id(note.pass_.program)]
             if note.what == "forward done" and name not in costs:
-                costs[name] = self._costs(note.pass_)
+                costs[name], passes[name] = self._costs(note.pass_, note.pass_.sizes), note.pass_
             if note.what == "backward":
                 outputs = note.pass_.program.outputs
                 given = {outputs[number]: size for number, size in note.given.items()}
                 costs[name] = replace(costs[name], given=given)
         events = _events(notes, names, costs, whole, report)
-        return _Reading(model, costs, events)
+        parted = {name: self._parts(pass_, costs[name]) for name, pass_ in passes.items()}
+        return _Reading(model, costs, parted, events)
 
-    def _costs(self, pass_: segment.Pass) -> Costs:
+    def _parts(self, pass_: segment.Pass, whole: Costs) -> list[Parts]:
+        """Return the ways to part the batch of a segment, the largest parts first; none if none."""
+        images = pass_.sizes[0][0] if pass_.sizes[0] else 0
+        alone = not any(pass_.batch) and parts.apart(pass_.program, pass_.sizes, images)
+        if not self._split or not alone:
+            return []
+
+        def costs(count: int) -> Costs:
+            return self._costs(pass_, {s: [count, *size[1:]] for s, size in pass_.sizes.items()})
+
+        found = []
+        for size in reversed(part_sizes(images)):
+            one, rest = costs(size), images % size
+            last = costs(rest) if rest else one
+            found.append(Parts(size, whole, one, last, -(-images // size), self.hardware))
+        return found
+
+    def _costs(self, pass_: segment.Pass, sizes: Mapping[int, Sequence[int]]) -> Costs:
+        """Return the costs of a pass whose slots have these sizes."""
         program, size = pass_.program.changed(again=()), pass_.dtype.itemsize
         shapes = {n: shape for n, shape in enumerate(pass_.shapes) if shape is not None}
 
         def times(program: Program) -> list[StepTime]:
             return step_times(
-                program, pass_.sizes, shapes, self.dtype, self.hardware, pass_.needs, pass_.batch
+                program, sizes, shapes, self.dtype, self.hardware, pass_.needs, pass_.batch
             )
 
         apart, writes = times(program), sorted(program.joinable())
@@ -272,7 +309,7 @@ class Ladder:
         return Costs(
             program,
             tuple(pass_.needs),
-            {slot: size * prod(sides) for slot, sides in pass_.sizes.items()},
+            {slot: size * prod(sides) for slot, sides in sizes.items()},
             tuple(time.forward for time in apart),
             tuple(time.again for time in apart),
             tuple(time.backward for time in apart),
@@ -291,6 +328,10 @@ class Ladder:
             for remote in _remote_sets(costs):
                 several = len(self.costs) > 1
                 options[name] += frontier(costs, remote, several=several, small=least)
+            # A part's bytes and times are in proportion: so its best schedules are those of all.
+            ways, parted = fastest(options[name]), self._reading.parts[name]
+            for part in parted[-1:] if least else parted:
+                options[name] += map(part.way, ways)
         found = sorted(_combined(self._reading, options), key=lambda r: (r.seconds, r.peak))
         least_peak = min((rung.peak for rung in found), default=0)
         rungs: list[Rung] = []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..ops.program import Program
 from .cards import Hardware
 from .convert import conversions, exchanged
+from .images import Parts
 from .ladder import Ladder, Rung
 from .live_bytes import Sample, Span
 from .memory_report import MemoryReport, readable
@@ -32,7 +33,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": torch.optim.SGD,
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 _LISTS = ("dropped", "remote", "joined")  # of numbers, in a segment's plan
 _TUPLES = ("again", "offloaded")  # of such lists
 
@@ -42,7 +43,7 @@ class Row:
     """Steps that are treated alike."""
 
     layers: str  # the first and the last module
-    policy: str  # "keep", "closing", or "series" with how deep it nests; and "offload"
+    policy: str  # "keep", "closing", or "series" with how deep it nests; "offload"; image by image
     stored: int  # bytes from forward to backward, on the device
     again: float  # seconds of what is made again
     why: str
@@ -62,7 +63,13 @@ class SegmentPlan:
     again: tuple[tuple[int, int], ...]
     joined: tuple[int, ...]
     offloaded: tuple[tuple[int, int, int], ...]
+    images: int  # that run at a time; 0: all, or else the rest is said of each such part
     rows: tuple[Row, ...]
+
+    def __post_init__(self):
+        """Look at the number of images, which a file may have wrong."""
+        if type(self.images) is not int or self.images < 0:
+            raise ValueError(f"images: want a number from 0 on, got {self.images!r}")
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,7 @@ def plan(
     optimizer: str | Optimizer | None = "adamw",
     reserve: int | str = 0,
     host_memory: int | str = 0,
+    split_batch: bool = False,
 ) -> Plan:
     """Return the fastest way to train a network on one input within a budget of memory.
 
@@ -237,6 +245,11 @@ def plan(
         host_memory: bytes of host memory, which is pinned, that stored maps may wait in. Copies
             run beside computation, as far as that goes on long enough; where making a map again
             takes less time than waiting for its copy, it is made again.
+        split_batch: whether segments may run a few images at a time, which takes the time of one
+            more forward pass and hardly more memory for more images. Gradients of parameters are
+            then sums over parts, and may differ from other plans' in their last bits. It is done
+            where each image is computed by itself: without normalisation by the batch, dropout, or
+            an operator that is not known to keep images apart.
 
     Raises:
         ValueError: an argument is not one of these, the model is already converted.
@@ -244,7 +257,7 @@ def plan(
     """
     budget, free = parse_memory(memory, "memory"), parse_memory(reserve, "reserve")
     host = parse_memory(host_memory, "host_memory")
-    ladder = _ladder(model, input_shape, criterion, dtype, hardware, optimizer)
+    ladder = _ladder(model, input_shape, criterion, dtype, hardware, optimizer, split=split_batch)
     found = ladder.within(budget - free, host)
     if found is None:
         least = ladder.least(host).peak + free
@@ -338,7 +351,8 @@ def _largest(
     The schedule that takes least is much the same for all sizes. So it is found at the first size,
     run where it may just fit, and found anew one size larger, until that does not fit.
     """
-    if unknown := {*options} - {"criterion", "dtype", "hardware", "optimizer", "host_memory"}:
+    known = {"criterion", "dtype", "hardware", "optimizer", "host_memory", "split_batch"}
+    if unknown := {*options} - known:
         raise TypeError(f"unexpected argument {', '.join(sorted(unknown))}")
     host = parse_memory(options.get("host_memory", 0), "host_memory")
     first = min(first, limit)
@@ -346,7 +360,8 @@ def _largest(
     def ladder(n: int) -> Ladder:
         return _ladder(
             model, shape(n), options.get("criterion"), options.get("dtype", torch.bfloat16),
-            options.get("hardware"), options.get("optimizer", "adamw"), least=True,
+            options.get("hardware"), options.get("optimizer", "adamw"),
+            split=options.get("split_batch", False), least=True,
         )  # fmt: skip
 
     largest, size = 0, first
@@ -438,6 +453,7 @@ def _ladder(
     dtype: torch.dtype,
     hardware: str | Hardware | None,
     optimizer: str | Optimizer | None,
+    split: bool = False,
     least: bool = False,
 ) -> Ladder:
     """Return the plans of a training step, having looked at the arguments."""
@@ -455,7 +471,11 @@ def _ladder(
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: want one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         optimizer = OPTIMIZERS[optimizer]
-    return Ladder(model, tuple(input_shape), criterion, dtype, hardware, optimizer, least=least)
+    if not isinstance(split, bool):
+        raise ValueError(f"split_batch: want True or False, got {split!r}")
+    return Ladder(
+        model, tuple(input_shape), criterion, dtype, hardware, optimizer, split=split, least=least
+    )
 
 
 def _plan_of(
@@ -464,12 +484,15 @@ def _plan_of(
     """Return a rung of a ladder as a plan."""
     segments = []
     for name, (program, joined, _) in rung.ways.items():
-        costs, whole = ladder.costs[name], program.joined(joined)
-        rows = _rows(costs.joined(whole, joined), whole)
+        if program.images:
+            rows = _rows_of_parts(ladder.parts(name, program.images), program, joined)
+        else:
+            whole = program.joined(joined)
+            rows = [row for _, row in _rows(ladder.costs[name].joined(whole, joined), whole)]
         segments.append(
             SegmentPlan(
                 name, program.signature, program.dropped, program.remote, program.again,
-                joined, program.offloaded, tuple(rows),
+                joined, program.offloaded, program.images, tuple(rows),
             )
         )  # fmt: skip
     if optimizer is not None and not isinstance(optimizer, str):
@@ -491,8 +514,8 @@ def _plan_of(
     )
 
 
-def _rows(costs: Costs, program: Program) -> list[Row]:
-    """Return what a plan's table says of a segment."""
+def _rows(costs: Costs, program: Program) -> list[tuple[range, Row]]:
+    """Return what a plan's table says of a segment: steps and their row."""
     schedule = program.schedule(costs.needs)
     counts = walked(costs, program).counts
     kept = {slot for slot in schedule.kept if slot >= program.inputs}
@@ -521,7 +544,30 @@ def _rows(costs: Costs, program: Program) -> list[Row]:
             policy, why = "keep", "fits"
         if away := sum(costs.bytes[s] for s in hosted if start <= program.producers[s] < stop):
             policy, why = f"{policy}, offload", f"{why}; {readable(away)} on the host"
-        rows.append(Row(layers, policy, stored, again, why))
+        rows.append((steps, Row(layers, policy, stored, again, why)))
+    return rows
+
+
+def _rows_of_parts(parts: Parts, program: Program, joined: tuple[int, ...]) -> list[Row]:
+    """Return what a plan's table says of a segment that runs a few images at a time.
+
+    It holds nothing from forward to backward; each part goes forward once more.
+    """
+    inner = program.changed(images=0).joined(joined)
+    one, last = (costs.joined(inner, joined) for costs in (parts.one, parts.last))
+    *walks, (_, end) = parts.walks(program, joined)
+    seconds = [
+        last.again[n] * end.counts[n]
+        + sum(times * one.again[n] * walk.counts[n] for times, walk in walks)
+        for n in range(len(inner.steps))
+    ]
+    images = program.images
+    how = "image by image" if images == 1 else f"{images} images at a time"
+    rows = []
+    for steps, row in _rows(one, inner):
+        again = sum(seconds[n] for n in steps)
+        why = f"{readable(row.stored)} of a part at once, for {1e3 * again:.2f} ms"
+        rows.append(Row(row.layers, f"{how}, {row.policy}", 0, again, why))
     return rows
 
 

@@ -131,8 +131,11 @@ def simulate(costs: Costs, program: Program | None = None) -> Outcome:
     return walked(costs, program or costs.program).outcome
 
 
-def walked(costs: Costs, program: Program) -> "Walked":
-    """Return what happens when a schedule is walked through."""
+def walked(costs: Costs, program: Program, graded: Iterable[int] = ()) -> "Walked":
+    """Return what happens when a schedule is walked through.
+
+    graded: parameters that have a gradient before, to which another is added.
+    """
     schedule = program.schedule(costs.needs)
     walk = Walked(costs, schedule.asks, schedule.reads, stays=schedule.stays)
     walk.forward(0, len(program.steps), {*schedule.kept, *program.outputs})
@@ -142,6 +145,8 @@ def walked(costs: Costs, program: Program) -> "Walked":
             walk.drop(slot)
     held = walk.now
     walk.begin(len(program.steps))
+    for number in graded:
+        walk.parameter(number)
     walk.peak = walk.now
     walk.steps(0, len(program.steps), schedule.stretches)
     host = sum(costs.bytes[slot] for slot in {stay.slot for stay in schedule.stays})

@@ -8,8 +8,9 @@ in the `Source` through which a later step reads a slot. What torch's own operat
 A program says what it computes, and what of it is held for backward: all that its gradients need,
 but slots in `dropped`, which are made again where they are read; those in `remote`, which are so
 outside of the stretch that makes them; and what is made inside a stretch of `again`, which backward
-runs once more before it goes through it. Some of what is held may be `offloaded` meanwhile.
-`schedule` works that out.
+runs once more before it goes through it. Some of what is held may be `offloaded` meanwhile. Where
+each image is computed by itself, the batch may be gone through a few `images` at a time: then only
+inputs are held, and what else is said is of one such part. `schedule` works that out.
 """
 
 import hashlib
@@ -102,6 +103,8 @@ class Call:
         linear: whether its gradient depends on the images' sizes alone, and not on their values.
         random: whether it draws random numbers; backward draws the same.
         cast: whether its value is an image that a fused step reads, and so of their dtype.
+        apart: the least rank of its images from which on it computes the rows of dimension 0 each
+            by itself, if all are of one rank; 0 if it may mix them.
     """
 
     function: Callable[..., Tensor]
@@ -112,6 +115,7 @@ class Call:
     linear: bool = False
     random: bool = False
     cast: bool = True
+    apart: int = 0
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -162,6 +166,8 @@ class Program:
             comes to a stretch from behind, runs it again, and goes through it.
         offloaded: where slots wait in host memory, if they are held for backward; what is to be
             back first comes first.
+        images: how many go through forward, and then through backward, at a time; 0 for all.
+            Where they cannot, for a norm is of the batch or a call mixes them, all go at once.
         text: the program as JSON, from which `parsed` makes it again; none where it has calls.
         norms_of: the numbers of each slot's norms.
         producers: the number of the step that makes each slot but the inputs.
@@ -179,6 +185,7 @@ class Program:
     remote: tuple[int, ...] = ()
     again: tuple[tuple[int, int], ...] = ()
     offloaded: tuple[Stay, ...] = ()
+    images: int = 0
     _schedules: dict[tuple[bool, ...], "Schedule"] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -224,12 +231,13 @@ class Program:
         told = [self.inputs, self.parameters, self.outputs, self.norms]
         for step in self.steps:
             code = getattr(getattr(step, "function", None), "text", "")
-            rest = {k: v for k, v in vars(step).items() if k != "function"}
+            # What follows from the code is not told twice.
+            rest = {k: v for k, v in vars(step).items() if k not in ("function", "apart")}
             told.append((type(step).__name__, code, sorted(rest.items())))
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def changed(self, **changes: Any) -> "Program":
-        """Return the program with other `dropped`, `remote`, `again` or `offloaded`."""
+        """Return the program with other `dropped`, `remote`, `again`, `offloaded` or `images`."""
         return replace(self, **changes, _schedules={})
 
     def joinable(self) -> frozenset[int]:
@@ -289,7 +297,9 @@ class Program:
         return self._schedules[key]
 
 
-_PLAIN = ("inputs", "parameters", "outputs", "names", "dropped", "remote", "again", "offloaded")
+_PLAIN = (
+    "inputs", "parameters", "outputs", "names", "dropped", "remote", "again", "offloaded", "images",
+)  # fmt: skip
 
 
 @cache
@@ -435,6 +445,15 @@ def _schedule(program: Program, needs: Sequence[bool]) -> Schedule:
     kept = expanded(program, root.held | root.outside, {*program.dropped, *program.remote})
     kept |= {slot for slot in range(program.inputs) if slot in program.norms_of} & asks
     stays = _stays(program, kept)
+    if program.images:
+        if program.images < 0 or stays:
+            wanted = "a number of images at a time, and then no slot that is offloaded"
+            raise ValueError(f"images: want {wanted}, got {program.images} and {len(stays)}")
+        steps = len(program.steps)
+        held = frozenset(kept.difference(range(program.inputs)))
+        outside = frozenset((kept - held) | _entering(program, held, 0, steps))
+        part = Stretch(0, steps, held, outside, root.inner)
+        return Schedule(asks, reads, tuple(sorted(outside)), (part,))
     kept -= {stay.slot for stay in stays}
     return Schedule(asks, reads, tuple(sorted(kept)), root.inner, stays)
 
@@ -485,9 +504,16 @@ def _stretch(
     wanted |= {slot for stretch in inner for slot in stretch.outside}
     wanted = expanded(program, wanted, dropped)
     held = {slot for slot in wanted if start <= program.producers.get(slot, -1) < stop}
-    outside = wanted - held
+    outside = (wanted - held) | _entering(program, held, start, stop)
+    outside = expanded(program, outside, dropped)
+    return Stretch(start, stop, frozenset(held), frozenset(outside), tuple(inner))
+
+
+def _entering(program: Program, held: Iterable[int], start: int, stop: int) -> set[int]:
+    """Return the slots from outside that making these again inside a stretch reads."""
+    outside: set[int] = set()
     pending, seen = list(held), set(held)
-    while pending:  # what running it again reads
+    while pending:
         for slot in read(program.steps[program.producers[pending.pop()]]):
             if start <= program.producers.get(slot, -1) < stop:
                 if slot not in seen:
@@ -495,8 +521,7 @@ def _stretch(
                     pending.append(slot)
             else:
                 outside.add(slot)
-    outside = expanded(program, outside, dropped)
-    return Stretch(start, stop, frozenset(held), frozenset(outside), tuple(inner))
+    return outside
 
 
 def expanded(program: Program, wanted: Iterable[int], dropped: Container[int]) -> set[int]:

@@ -4,7 +4,8 @@ A program has no side effects, so it may run any number of times: `run` moves th
 once, outside it, and the random numbers that a call draws are drawn again as they were. What is
 made again uses the norms of the forward pass. Ranks talk when a norm is made and when its gradient
 is, never when something is made again. Of slots that wait in host memory, what leaves the device
-and what returns, and when, is the program's to say; the bits are the same.
+and what returns, and when, is the program's to say; the bits are the same. A program that goes
+through the batch a few images at a time (ops/parts.py) is still one node.
 
 The outputs' gradients do not come to the segment's own node, which would hold all of them until
 its last step is done, but to nodes of their own, which lay each where its step takes it.
@@ -31,6 +32,7 @@ from .fuse import resampled_size
 from .geometry import Geometry, want
 from .norm import batch_norm_backward, batch_norm_eval, batch_norm_forward, merge_moments
 from .offload import Offloaded
+from .parts import apart, part_size, parts, whole
 from .pointwise import moments as moments_of
 from .pointwise import normalised_gradient, prologue, prologue_backward
 from .program import (
@@ -205,6 +207,7 @@ class Pass:
         autocast: what it was, or None where it was off.
         drawn: the states of the random generators before each call that draws, by its slot.
         offloaded: slots that wait in host memory.
+        images: how many go through it at a time; 0 for all.
     """
 
     program: Program
@@ -223,6 +226,7 @@ class Pass:
     autocast: torch.dtype | None = None
     drawn: dict[int, list[Tensor]] = field(default_factory=dict)
     offloaded: dict[int, Offloaded] = field(default_factory=dict)
+    images: int = 0
 
     def forward(
         self, tensors: Sequence[Tensor | None], kept: Sequence[int], stays: Sequence[Stay] = ()
@@ -231,7 +235,12 @@ class Pass:
         device, self.dtype = tensors[0].device.type, tensors[0].dtype
         if torch.is_autocast_enabled(device):
             self.autocast = torch.get_autocast_dtype(device)
-        made = _forward(self, tensors, kept, stays)
+        inputs = [t.shape for t in tensors[: self.program.inputs]]
+        self.images = part_size(self.program, self.batch, inputs)
+        made = _forward_in_parts(self, tensors, kept) if self.images else None
+        if made is None:
+            self.images = 0
+            made = _forward(self, tensors, kept, stays)
         self.moments = made.moments
         return made
 
@@ -313,12 +322,16 @@ def _forward(
     tensors: Sequence[Tensor | None],
     kept: Sequence[int],
     stays: Sequence[Stay],
+    known: Sequence[Tensor] = (),
 ) -> _Made:
-    """Run a program; tensors are its inputs and parameters, kept the slots to return."""
+    """Run a program; tensors are its inputs and parameters, kept the slots to return.
+
+    known: its norms, where they have been made.
+    """
     program, batch = pass_.program, pass_.batch
     values = dict(enumerate(tensors[: program.inputs]))
     parameters = tensors[program.inputs :]
-    norms: dict[int, Tensor] = {}
+    norms: dict[int, Tensor] = dict(enumerate(known))
     moments: dict[int, Tensor] = {}
     sizes = {slot: list(t.shape) for slot, t in values.items()}
     leaves = first_leaves(stays)
@@ -326,6 +339,8 @@ def _forward(
 
     def normalise(slot: int, found: Tensor | None) -> None:
         for number in program.norms_of.get(slot, ()):
+            if number in norms:
+                continue
             norm = program.norms[number]
             weight, bias, mean, var = (
                 None if index is None else parameters[index]
@@ -372,6 +387,29 @@ def _forward(
         [values[slot] for slot in kept],
         sizes,
     )
+
+
+def _forward_in_parts(
+    pass_: Pass, tensors: Sequence[Tensor | None], kept: Sequence[int]
+) -> _Made | None:
+    """Run a program on some images at a time; kept: inputs. None where calls would mix images."""
+    program = pass_.program
+    inputs, parameters = tensors[: program.inputs], tensors[program.inputs :]
+    count, fake = inputs[0].shape[0], isinstance(inputs[0], FakeTensor)
+    outputs: list[Tensor] = []
+    norms: list[Tensor] = []
+    sizes: dict[int, list[int]] = {}
+    for first, last in parts(count, pass_.images, fake):
+        made = _forward(pass_, [*(x[first:last] for x in inputs), *parameters], (), (), norms)
+        if not outputs:
+            if not apart(program, made.sizes, last - first):
+                return None
+            sizes = {slot: [count, *size[1:]] for slot, size in made.sizes.items()}
+            outputs, norms = [whole(out, count) for out in made.outputs], made.norms
+        for number, out in enumerate(outputs):
+            out[first:last] = made.outputs[number]
+        del made
+    return _Made(outputs, [], norms, [tensors[slot] for slot in kept], sizes)
 
 
 def _read(
@@ -533,10 +571,51 @@ def _backward(
     program = pass_.program
     if not gradients:
         return [None] * len(pass_.needs)
+    if pass_.images:
+        return _backward_in_parts(pass_, gradients, values, norms, parameters)
     run = _Backward(pass_, gradients, values, dict(enumerate(norms)), parameters, hosted)
     run.steps(0, len(program.steps), run.schedule.stretches)
     found = [run.image_gradient(slot) for slot in range(program.inputs)]
     found += [run.parameter_gradients.get(n) for n in range(program.parameters)]
+    return [g if need else None for g, need in zip(found, pass_.needs, strict=True)]
+
+
+def _backward_in_parts(
+    pass_: Pass,
+    gradients: dict[int, Tensor],
+    values: dict[int, Tensor],
+    norms: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return what `_backward` does, having gone through some images at a time."""
+    program, steps = pass_.program, len(pass_.program.steps)
+    count = pass_.sizes[0][0]
+    fake = isinstance(next(iter(gradients.values())), FakeTensor)
+    of_inputs: dict[int, Tensor] = {}
+    of_parameters: dict[int, Tensor] = {}
+    for first, last in parts(count, pass_.images, fake):
+        sizes = {slot: [last - first, *size[1:]] for slot, size in pass_.sizes.items()}
+        own = {slot: value[first:last] for slot, value in values.items()}
+        if last == count:  # a gradient is free when its step has used it for the last time
+            given = {number: gradients.pop(number)[first:last] for number in [*gradients]}
+        else:
+            given = {number: gradient[first:last] for number, gradient in gradients.items()}
+        run = _Backward(
+            replace(pass_, sizes=sizes), given, own, dict(enumerate(norms)), parameters, {}
+        )
+        run.parameter_gradients = of_parameters
+        run.steps(0, steps, run.schedule.stretches)
+        for slot in range(program.inputs):
+            gradient = run.image_gradient(slot)
+            if gradient is None or not pass_.needs[slot]:
+                continue
+            if slot not in of_inputs:
+                of_inputs[slot] = whole(gradient, count)
+            of_inputs[slot][first:last] = gradient
+            del gradient
+        del run, own, given
+    found = [of_inputs.get(slot) for slot in range(program.inputs)]
+    found += [of_parameters.get(number) for number in range(program.parameters)]
     return [g if need else None for g, need in zip(found, pass_.needs, strict=True)]
 
 
@@ -584,6 +663,8 @@ class _Backward(Walk):
     def add_parameter(self, number: int | None, gradient: Tensor | None) -> None:
         """Add to the gradient of a parameter, if it asks."""
         if number is not None and gradient is not None and self.of[number]:
+            if self.pass_.images:  # of many parts, the sum is not to be rounded each time
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             known = self.parameter_gradients.get(number)
             self.parameter_gradients[number] = gradient if known is None else known + gradient
 
@@ -887,6 +968,7 @@ def _backward_listed(
     inputs = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
     pass_ = Pass(program, batch, (), groups.split(","), needs)
     pass_.sizes = slot_sizes(program, inputs, [None if p is None else p.shape for p in parameters])
+    pass_.images = part_size(program, batch, inputs)
     given = {number: g for number, g in enumerate(gradients) if g is not None}
     like = norms[0] if norms else slots[0] if slots else next(iter(given.values()))
     found = _backward(pass_, given, dict(zip(kept, slots, strict=True)), norms, parameters, {})
