@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     (out / "device.txt").write_text(_device())
     calls = [*resumed("calls", out), {"date": _now(), "command": facts["command"], "seconds": 0.0}]
     rows = {row["section"]: row for row in resumed("gpu", out) if row["section"] in SECTIONS}
-    done = {name for name, row in rows.items() if row["outcome"] == PASSED}
+    done = {name for name, row in rows.items() if row["outcome"] in (PASSED, REHEARSED)}
     chosen = options.only or [name for name in SECTIONS if name not in done]
     spent = {name: rows[name]["seconds"] if name in rows else 0.0 for name in SECTIONS}
     rows |= {name: _row(name, NOT_REACHED, spent[name], NOT_BEGUN) for name in chosen}
