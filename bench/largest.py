@@ -60,14 +60,16 @@ MEMORIES = (40.0, 80.0)  # GiB, beside the whole card
 NAMES = (OURS, "eager bf16", "checkpoint each block, bf16", "eager float32", *COMPILED)
 STEPS, LONG = 2, 8.0  # a step that takes more seconds than that is the only one
 PREPARING, COMPILING, RUNNING = 180, 400, 90  # seconds in which an attempt must get ready, and end
-LEFT = 64 * 2**20  # bytes: a process that holds more after an attempt is of no more use
+LEFT = 256 * 2**20  # bytes: a process that holds more after an attempt is of no more use
 WITHOUT = {  # a GPU
     "image": (3, 64, 96),
     "memories": (0.008,),
     "networks": (SMALL,),
     "providers": (OURS, "eager bf16", "checkpoint each block, bf16", "eager float32"),
 }
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR = dict.fromkeys(
+    ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True"
+)
 COLUMNS = (
     "network", "provider", "image", "memory_gib", "batch", "next_batch", "predicted_batch",
     "peak_gib", "predicted_peak_gib", "reserved_gib", "used_gib", "allocator_retries", "steps",

@@ -68,6 +68,7 @@ FEWER = 2  # images less than were said to fit, at most
 ROUNDS, MOST = 5, 20  # turns of a provider, steps of a turn
 TURN, SHORT = 0.6, 0.1  # seconds of a turn, on a card and without one
 CALL = 90  # seconds that a check, a turn or a profile may take
+ENOUGH = 12.0  # seconds of steps, after which a provider has no other turn
 FEW = 16  # values of a parameter whose gradient is not compared
 FLOOR = 0.01  # of a gradient, which it may be off where the base is less
 SHOWN = 15  # kernels of a profile; the rest is one row
@@ -157,6 +158,7 @@ class _Bench:
     batch: tuple[Tensor, Tensor] | None = None  # which all steps share
     truth: tuple[float, Tensor] | None = None
     theirs: tuple[float, Tensor] | None = None  # the base's errors: of the loss, of each parameter
+    seconds: dict[str, float] = field(default_factory=dict)  # of a step, roughly
 
 
 _bench: _Bench | None = None
@@ -223,8 +225,10 @@ def _added(provider: str, ready: Callable[[], None]) -> dict[str, Any]:
         if provider not in COMPILED or job.checked == job.batch:  # else it would compile again
             loss, parameters, found["gradient_error"] = _errors(step, job.checked)
             found |= {"loss_error": loss, "wrong": wrong_by((loss, parameters), _bench.theirs)}
-        step.run()
-    step.run()
+        step.run().item()
+    before = time.perf_counter()
+    step.run().item()
+    _bench.seconds[provider] = time.perf_counter() - before
     if step.plan is not None and job.device == "cuda":
         found["roof_s"] = step.plan.seconds / step.plan.time_ratio
     _bench.steps[provider] = step
@@ -233,13 +237,15 @@ def _added(provider: str, ready: Callable[[], None]) -> dict[str, Any]:
 
 
 def turn(provider: str, seconds: float) -> dict[str, Any]:
-    """Return the seconds of steps and their peak of memory; the first step is not timed."""
+    """Return the seconds of steps and their peak of memory.
+
+    The first step is not timed, where another provider's was the last.
+    """
     step, cuda = _bench.steps[provider], _bench.job.device == "cuda"
     try:
-        before = time.perf_counter()
-        step.run().item()
-        first = time.perf_counter() - before
-        count = max(1, min(MOST, int(seconds / first)))
+        if len(_bench.steps) > 1:
+            step.run().item()
+        count = max(1, min(MOST, int(seconds / _bench.seconds[provider])))
         peak = None
         if cuda:
             others = torch.cuda.memory_allocated() - _own(step)
@@ -382,17 +388,32 @@ class Timing:
     def save(self) -> None:
         """Save what is known."""
         with self.saving:
-            found = judged([*self.rows.values()], self.jobs)
-            save("training", found, self.out)
+            save("training", self.table(), self.out)
             save("training_kernels", self.kernels, self.out)
+
+    def table(self) -> list[dict]:
+        """Return all rows, that of the base's largest batch too, which is the equal one."""
+        found = judged([*self.rows.values()], self.jobs)
+        both = {(row["network"], row["memory_gib"]) for row in found if row["setting"] == OWN}
+        return found + [
+            {**row, "setting": OWN}
+            for row in found
+            if row["setting"] == EQUAL
+            and row["provider"] == self.jobs[_key(row)].base
+            and (row["network"], row["memory_gib"]) in both
+        ]
 
     def left(self, job: Job) -> list[str]:
         """Return the providers of a job that are not timed yet."""
         return [p for p in job.providers if not _settled(self.rows[_key(job.blank(p))])]
 
+    def row(self, job: Job, provider: str) -> dict:
+        """Return a provider's row."""
+        return self.rows[_key(job.blank(provider))]
+
     def put(self, job: Job, provider: str, **columns: Any) -> None:
         """Change a provider's row."""
-        self.rows[_key(job.blank(provider))] |= columns
+        self.row(job, provider).update(columns)
 
     def run(self, job: Job, providers: Sequence[str]) -> None:
         """Time these providers of a job, as long as there is time."""
@@ -408,13 +429,14 @@ class Timing:
                 except UnfinishedError:
                     break
                 left = self.together(worker, job, left)
-            small = self.rows[_key(job.blank(providers[0]))]
-            memory = NO_MEMORY.search(small["failed"])
-            if job.setting == OWN and memory and fewer < FEWER and job.batch > 1:
-                fewer += 1  # what fits without a tuner's choices need not fit with them
+            tight = [p for p in providers if NO_MEMORY.search(self.row(job, p)["failed"])]
+            if tight and len(providers) > 1:  # what others hold between their turns was too much
+                for provider in tight:
+                    self.run(job, [provider])
+            elif tight and job.setting == OWN and fewer < FEWER and job.batch > 1:
+                fewer += 1  # what fits in kernels' first configuration need not fit in others
                 job, left = replace(job, batch=job.batch - 1), list(providers)
             self.save()
-        self.save()
 
     def call(self, worker: Worker, work: Callable, *args: Any, limit: float = CALL) -> Any:
         """Return what work does in the process, when it is its turn."""
@@ -444,6 +466,8 @@ class Timing:
                     times[provider] = []
             for _ in range(self.rounds):
                 for provider in [*times]:
+                    if sum(times[provider]) > ENOUGH:
+                        continue
                     found = self.measured(worker, turn, provider, self.seconds)
                     if "failed" in found:
                         self.put(job, provider, failed=found["failed"])
@@ -610,7 +634,7 @@ def run(
             compiled = [job for job in jobs if {*job.providers} & {*COMPILED}]
             list(pool.map(partial(begin, wait=False), compiled))  # raises what a thread has raised
     timing.save()
-    rows = judged([*timing.rows.values()], timing.jobs)
+    rows = timing.table()
     print(table([{name: row[name] for name in PRINTED} for row in rows]))
     for line in bottlenecks(timing.kernels):
         print(line)
@@ -641,16 +665,18 @@ def _jobs(
             Job, memory=limit, image=image, device="cuda", whole=limit == whole, plans=plans
         )
         most = {(n, p): batch(n, p, limit) for n in networks for p in NAMES}
-        # The largest batch of eager bf16 is the equal batch.
+        # The largest batch of eager bf16 is the equal batch, which may be of one image.
         own = [(n, p) for p in NAMES for n in networks if most[n, p] and p != BASE]
         for providers in (plain, *((name,) for name in COMPILED)):
             if limit == limits[0]:
-                jobs += [make(n, ONE, 1, providers=providers) for n in networks]
-            jobs += [
-                make(n, EQUAL, most[n, BASE], providers=providers)
-                for n in networks
-                if most[n, BASE] > 1
-            ]
+                jobs += [
+                    make(n, ONE, 1, providers=providers) for n in networks if most[n, BASE] > 1
+                ]
+            for n in networks:
+                size = most[n, BASE]
+                # A card that holds no more than its own memory need not be asked again.
+                able = tuple(p for p in providers if limit != whole or most[n, p] >= size)
+                jobs += [make(n, EQUAL, size, providers=able)] if size and able else []
             jobs += [make(n, OWN, most[n, p], providers=(p,)) for n, p in own if p in providers]
     return jobs
 

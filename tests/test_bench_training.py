@@ -1,14 +1,15 @@
 """The benchmark of training steps prints a ratio for right results alone, and keeps what it has."""
 
 import copy
-import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fullres.bench import record, steps, training
 from fullres.bench.training import EQUAL, ONE, OWN, Job
+from fullres.bench.worker import FailedError
 
 IMAGE = (3, 24, 32)
 OURS = "fullres, float32"
@@ -98,6 +99,14 @@ def test_bottlenecks_are_named():
     assert line == f"a21, {steps.OURS}, {EQUAL}, 2 images: 40 ms, of which dgrad 75 %, wgrad 25 %"
 
 
+def test_the_bases_largest_batch_is_the_equal_one(tmp_path):
+    own = replace(SMALL, setting=OWN, batch=9, providers=(OURS,))
+    timing = training.Timing(tmp_path, [SMALL, own], 0.0, 1, 0.01)
+    found = {(r["provider"], r["setting"]): r["batch"] for r in timing.table()}
+    assert found["eager float32", OWN] == found["eager float32", EQUAL] == 2
+    assert found[OURS, OWN] == 9 and len(found) == 4
+
+
 @pytest.fixture
 def bench():
     """The benchmark of the small job, in this process."""
@@ -153,24 +162,79 @@ def test_time_is_split_by_kernel(bench):
     assert kernels[:-1] == sorted(kernels[:-1], key=lambda each: -each["ms"])
 
 
+class Here:
+    """A worker that is no process of its own, which takes seconds to start."""
+
+    def __call__(self, work, *args, until):
+        return work(*args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def timing(tmp_path, monkeypatch):
+    """What times jobs, in this process."""
+    monkeypatch.setattr(training, "Worker", Here)
+    yield lambda job: training.Timing(tmp_path, [job], float("inf"), 1, 0.01)
+    torch.backends.cudnn.benchmark = False
+
+
 def die(provider, ready):
-    """What runs in place of training.add in the worker: it travels by name."""
+    """In place of training.add: ours ends the process."""
     if provider == OURS:
-        os._exit(1)
-    return training.add(provider, ready)
+        raise FailedError("its process died")
+    return ADD(provider, ready)
 
 
-def test_a_process_that_dies_costs_its_own_row(tmp_path, monkeypatch):
+ADD = training.add
+
+
+def test_a_process_that_dies_costs_its_own_row(timing, monkeypatch):
     monkeypatch.setattr(training, "add", die)
-    timing = training.Timing(tmp_path, [SMALL], float("inf"), 1, 0.01)
-    timing.run(SMALL, [OURS, "eager float32"])
-    ours, eager = timing.rows[_key(OURS)], timing.rows[_key("eager float32")]
+    found = timing(SMALL)
+    found.run(SMALL, [OURS, "eager float32"])
+    ours, eager = found.row(SMALL, OURS), found.row(SMALL, "eager float32")
     assert "died" in ours["failed"] and ours["step_s"] is None
     assert not eager["failed"] and eager["step_s"] > 0
 
 
-def _key(provider):
-    return training._key(SMALL.blank(provider))
+def needs_all(provider, ready):
+    """In place of training.add: ours does not fit beside another's step."""
+    if provider == OURS and training._bench.steps:
+        return {"failed": "OutOfMemoryError: out of memory"}
+    return ADD(provider, ready)
+
+
+def test_who_does_not_fit_beside_others_is_timed_alone(timing, monkeypatch):
+    monkeypatch.setattr(training, "add", needs_all)
+    found = timing(SMALL)
+    found.run(SMALL, ["eager float32", OURS])
+    assert all(not each["failed"] and each["step_s"] for each in found.rows.values())
+
+
+def no_memory(provider, ready):
+    """In place of training.add."""
+    if training._bench.job.batch >= 4:
+        return {"failed": "OutOfMemoryError: out of memory"}
+    return ADD(provider, ready)
+
+
+@pytest.mark.parametrize("batch, fits", [(5, 3), (7, None)])
+def test_an_own_largest_batch_that_no_longer_fits_is_made_smaller(timing, monkeypatch, batch, fits):
+    monkeypatch.setattr(training, "add", no_memory)
+    job = replace(SMALL, setting=OWN, batch=batch, providers=(OURS,))
+    found = timing(job)
+    found.run(job, [OURS])
+    row = found.row(job, OURS)
+    if fits is None:
+        assert "out of memory" in row["failed"]
+    else:
+        assert row["batch"] == fits and not row["failed"] and row["checked_images"] == 1
+        assert row["images_per_s"] == pytest.approx(fits / row["step_s"])
 
 
 def test_it_goes_on_where_time_was_over(tmp_path, monkeypatch, capsys):
@@ -215,7 +279,8 @@ def test_jobs_of_a_card_take_batches_that_were_measured(tmp_path, monkeypatch):
     assert {p for job in jobs for p in job.providers} == {*training.NAMES}
     equal = {(j.network, j.whole): j.batch for j in jobs if j.setting == EQUAL}
     assert equal["a21", False] == 9 and equal["a21", True] == 18  # of the recorded table
-    assert ("uresnet", False) not in equal  # where one image is all that eager bf16 holds
+    assert equal["uresnet", False] == 1  # which is all that eager bf16 holds
+    assert {j.network for j in jobs if j.setting == ONE} == {"a21", "resnet50"}
     keys = [training._key(job.blank(p)) for job in jobs for p in job.providers]
     assert len(keys) == len({*keys})
     first = jobs.index(ours)
