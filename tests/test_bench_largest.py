@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,36 @@ def test_a_crash_and_a_hang_end_as_failures_and_free_the_device(monkeypatch):
             trial(cell(), 1, time.time() + seconds)
         turn.acquire(blocking=False)
     trial.end()
+
+
+def test_on_a_card_the_allocator_is_asked_and_held_to_the_memory(monkeypatch):
+    class Card:
+        total_memory = 4 * 2**30
+
+    state = {"limit": None, "reserved": 2**30}
+    for name, result in {
+        "get_device_properties": lambda: Card,
+        "set_per_process_memory_fraction": lambda share: state.update(limit=share),
+        "reset_peak_memory_stats": lambda: None, "synchronize": lambda: None,
+        "max_memory_allocated": lambda: 2**29, "mem_get_info": lambda: (2**30, 4 * 2**30),
+        "max_memory_reserved": lambda: state["reserved"],
+        "memory_stats": lambda: {"num_alloc_retries": 3},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, result)
+
+    def provider(*args, device, ready, **options):
+        assert device == "cuda" and state["limit"] is None  # nothing is on the device before
+        ready()
+        return steps.PROVIDERS["eager float32"](*args, device="cpu", **options)
+
+    monkeypatch.setitem(steps.PROVIDERS, "eager bf16", provider)
+    place, told = replace(cell(), device="cuda", image=(3, 16, 16)), []
+    found = largest.attempt(place, 2, lambda: told.append(state["limit"]))
+    assert found["outcome"] == "fits" and told == [None] and state["limit"] == 0.25
+    assert (found["peak"], found["reserved"], found["used"]) == (2**29, 2**30, 3 * 2**30)
+    assert found["retries"] == 3 and found["steps"] == 2 and found["step_s"] > 0
+    state |= {"limit": None, "reserved": 2**30 + 1}  # an allocator that does not mind its limit
+    assert largest.attempt(place, 2, lambda: None)["outcome"] == "memory"
 
 
 def test_out_of_memory_is_known_from_what_is_said():

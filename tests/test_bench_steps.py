@@ -1,7 +1,10 @@
 """The steps that are measured: the same network, batch and optimizer for whoever runs them."""
 
+import functools
+
 import pytest
 import torch
+import triton
 from torch._functorch import config as functorch
 
 from fullres.bench import steps
@@ -132,3 +135,45 @@ def test_exact_products_are_so_inside_alone():
     with steps.exact_products():
         assert not torch.backends.cudnn.allow_tf32
     assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+
+
+def test_a_steps_kernels_are_compiled_into_the_shared_cache(tmp_path, monkeypatch):
+    asked = []
+
+    def build(launches, out):
+        asked.append({launch.kernel.split(":")[1] for launch in launches})
+        assert {launch.target for launch in launches} == {"sm_90"}
+        (out / "cache" / "kernel").touch()
+
+    monkeypatch.setattr("fullres.kernels.launches.build", build)
+    plan = steps.make_plan(TINY, IMAGE, 2)
+    given = TINY, IMAGE, 2, plan, tmp_path / "build"
+    steps.compile_kernels(*given)
+    assert not asked  # there is no card
+    monkeypatch.setattr(steps, "compile_target", lambda: "sm_90")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for _ in range(2):
+        steps.compile_kernels(*given)
+    assert asked[0] == asked[1]
+    wanted = {"conv2d_fwd_kernel", "conv2d_dgrad_kernel", "softmax_focal_loss_backward_kernel"}
+    assert wanted <= asked[0]
+    assert (tmp_path / "cache" / "kernel").exists()
+
+
+def test_tuners_take_the_first_configuration_or_are_quick():
+    from triton.runtime.autotuner import Autotuner
+
+    class Kernel:
+        configs = [triton.Config({"BLOCK": 1}), triton.Config({"BLOCK": 2})]
+
+        class fn:  # noqa: N801
+            run = staticmethod(lambda *args, **options: (args, options["BLOCK"]))
+
+    run = Autotuner.run
+    with steps.untuned():
+        kernel = Kernel()
+        assert Autotuner.run(kernel, "x") == (("x",), 1) and kernel.best_config.kwargs["BLOCK"] == 1
+    assert Autotuner.run is run
+    with steps.quick_tuning():
+        assert Autotuner.do_bench.keywords == {"warmup": 2, "rep": 15}
+    assert isinstance(vars(Autotuner)["do_bench"], functools.cached_property)

@@ -135,6 +135,37 @@ def test_steps_are_checked_as_they_are_timed(bench, monkeypatch):
     assert "the loss" in found["wrong"] and "gradients" in found["wrong"]
 
 
+def test_on_a_card_a_turn_is_timed_by_events_and_its_peak_is_its_own(bench, monkeypatch):
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = Event.now = Event.now + 250.0
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    training.add(OURS, lambda: None)
+    step = bench.steps[OURS]
+    own, others, above = training._own(step), 1000, 77  # bytes
+    asked = []
+    for name, result in {
+        "Event": Event, "synchronize": lambda: asked.append("waited"),
+        "memory_allocated": lambda: own + others,
+        "reset_peak_memory_stats": lambda: asked.append("reset"),
+        "max_memory_allocated": lambda: own + others + above,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, result)
+    monkeypatch.setattr(bench, "job", replace(SMALL, device="cuda"))
+    bench.seconds[OURS] = 0.25
+    found = training.turn(OURS, 1.0)
+    assert found == {"times": [0.25] * 4, "peak": own + above}
+    assert asked == ["reset", "waited"]
+
+
 def test_all_train_on_the_same_images(bench):
     for provider in PROVIDERS:
         training.add(provider, lambda: None)
