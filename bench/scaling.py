@@ -32,8 +32,8 @@ from ..engine.cards import HARDWARE, Hardware, hardware
 from ..training.memory import FREE_SHARE
 from .batches import Labelled
 from .record import NOT_BEGUN, NOT_FINISHED, resumed, save, table
-from .steps import GIB, IMAGE, NETWORKS, PROVIDERS, make_plan
-from .worker import FailedError, Worker, reason
+from .steps import GIB, IMAGE, NETWORKS, PROVIDERS, make_plan, quick_tuning
+from .worker import FailedError, Worker, leave_with, reason
 
 EAGER, KEEP, PLANNED = "eager {}", "fullres, keep, {}", "fullres, {}"
 IMAGES = ((640, 1024), IMAGE[1:], (2048, 2048), (4096, 4096), (8192, 8192))
@@ -43,6 +43,7 @@ PLANNED_IMAGES, PLANNED_BATCHES = (*IMAGES[:2], *IMAGES[3:]), (2, 8, 32)
 SMALL_IMAGES = ((96, 128), (192, 256), (384, 512))  # without a GPU
 NETS = ("a21", "uresnet")
 STEPS, LONG = 3, 1.0  # timed steps, of which none begins after so many seconds
+LIMIT = 60  # seconds that a point may take, its kernels' compiling included
 PATIENCE = 2  # seconds beyond the box that a step may take to its end
 NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED", re.IGNORECASE)
 PREDICTED = ("predicted_peak_gib", "predicted_stored_gib")
@@ -203,7 +204,9 @@ def _fill(table_: _Table, work: Path, card: Hardware, until: float) -> None:
     (work / ".gitignore").write_text("*\n")
     spare = 2 if any(point.device == "cuda" for point in todo) else 0  # for what is being timed
     workers = min(len(todo), max(1, (os.cpu_count() or 1) - spare))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_alone, initargs=(os.getpid(),)
+    )
     try:
         with Worker() as worker:
             started = {pool.submit(predict, p, _memory(p, card), card, work): p for p in todo}
@@ -241,10 +244,12 @@ def _settle(
     if ended := _ended_before(table_.rows, point):
         table_.set(point, ends=f"out of memory already at {ended}", failed="")
         return
+    limit = time.time() + LIMIT
     try:
-        found = worker(_measured, point, work, until=until + PATIENCE)
+        found = worker(_measured, point, work, until=min(limit, until + PATIENCE))
     except TimeoutError:
-        found = {"failed": f"not finished {NOT_FINISHED}"}
+        late = until + PATIENCE < limit
+        found = {"failed": f"not finished {NOT_FINISHED}" if late else f"took over {LIMIT} s"}
     except FailedError as error:
         found = {"failed": str(error)}
     table_.set(point, **{"failed": "", **found})
@@ -266,8 +271,9 @@ def _ended_before(rows: dict[Point, dict], point: Point) -> str:
 # In a process of the pool: bytes
 
 
-def _alone() -> None:
-    """Leave the other cores to the other processes, and the GPU to who measures."""
+def _alone(parent: int) -> None:
+    """Leave with the parent; leave other cores to other processes, and the GPU to who measures."""
+    leave_with(parent)
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -370,7 +376,8 @@ def _steps(point: Point, work: Path, before: int) -> dict:
         plan=plan,
     )
     gpu, taken = point.device == "cuda", []
-    loss = step.run().item()  # compiles and tunes
+    with quick_tuning():
+        loss = step.run().item()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     while len(taken) < STEPS and sum(taken) < LONG:

@@ -253,7 +253,7 @@ def test_each_outcome_has_its_row_and_an_end_spares_the_larger(monkeypatch, tmp_
     def settle(point, values):
         future = Future()
         future.set_result(values)
-        scaling._settle(kept, point, future, worker, tmp_path, time.time() + 60)
+        scaling._settle(kept, point, future, worker, tmp_path, time.time() + 50)
 
     for point in rows:
         settle(point, {"predicted_peak_gib": 1.0, "ends": ""})
@@ -267,6 +267,11 @@ def test_each_outcome_has_its_row_and_an_end_spares_the_larger(monkeypatch, tmp_
     assert record.NOT_FINISHED in rows[ours[1]]["failed"]
     assert rows[ours[2]]["step_s"] == 3.0  # a failure spares nothing
     assert rows[PLANNED]["failed"] == "" and rows[PLANNED]["step_s"] is None  # has no device
+    kept.rows[ours[1]]["failed"] = ""
+    future = Future()
+    future.set_result({"ends": ""})
+    scaling._settle(kept, ours[1], future, worker, tmp_path, math.inf)
+    assert rows[ours[1]]["failed"] == "took over 60 s"  # where there was time left
     settle(ours[0], {"failed": "cannot be counted"})
     assert rows[ours[0]]["failed"] == "cannot be counted"
     assert json.loads((tmp_path / "scaling.json").read_text())["rows"]
