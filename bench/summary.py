@@ -121,20 +121,20 @@ def _mean(ratios: Iterable[float]) -> float:
 def largest_table(results: Results | None, predicted: Sequence[dict]) -> list[str]:
     """Return the table of the largest batches: measured beside predicted, a column a network."""
     measured = [] if results is None else results.measured("largest")
-    memory = _memory(measured)
+    memory, image = _memory(measured), (measured or predicted)[0]["image"]
     rows = {(r["network"], r["provider"]): r for r in measured if r["memory_gib"] == memory}
     foretold = {
         (r["network"], r["provider"].replace(", budget 1.0", "")): r["batch"]
         for r in predicted
-        if r["memory_gib"] == memory and not r["failed"]
+        if r["memory_gib"] == memory and r["image"] == image and not r["failed"]
     }
     own = {of: row["predicted_batch"] for of, row in rows.items()}
     foretold |= {of: batch for of, batch in own.items() if batch is not None}
     networks, providers = (
         list(dict.fromkeys(names)) for names in zip(*foretold, *rows, strict=True)
     )
-    image = (measured or predicted)[0]["image"].replace("x", " x ")
-    what = f"{'' if rows else 'predicted '}largest batch in {memory:g} GiB, {image}"
+    size = image.replace("x", " x ")
+    what = f"{'' if rows else 'predicted '}largest batch in {memory:g} GiB, {size}"
     lines = []
     for provider in providers:
         line = {what: provider}
@@ -199,15 +199,19 @@ def speed_table(results: Results) -> list[str]:
     known = {(r["network"], r["provider"], r["setting"]): r for r in rows}
     if not any(row["images_per_s"] for row in rows):
         return []
-    settings = ("equal batch", "largest batch")
+    # Where eager bf16 holds one image, that is the equal batch.
+    settings = {"equal batch": ("equal batch", "one image"), "largest batch": ("largest batch",)}
     networks = list(dict.fromkeys(row["network"] for row in rows))
     what = f"images a second: {' / '.join(settings)} in {memory:g} GiB"
     lines = []
     for provider in dict.fromkeys(row["provider"] for row in rows):
         line = {what: provider}
         for network in networks:
-            cells = [_speed(known.get((network, provider, setting))) for setting in settings]
-            line[network] = " / ".join(cells)
+            found = [
+                next(filter(None, (known.get((network, provider, name)) for name in names)), None)
+                for names in settings.values()
+            ]
+            line[network] = " / ".join(map(_speed, found))
         lines.append(_bold(line, provider))
     return markdown(lines)
 
@@ -231,7 +235,9 @@ def bottleneck_line(results: Results) -> str:
     found: dict[str, dict] = {}
     for row in results.measured("training_kernels"):
         best = found.get(row["network"])
-        if row["provider"] == OURS and (best is None or _weight(row) > _weight(best)):
+        if row["provider"] != OURS or row["kernel"].endswith(" others"):
+            continue
+        if best is None or _weight(row) > _weight(best):
             found[row["network"]] = row
     said = []
     for network, row in found.items():

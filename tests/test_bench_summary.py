@@ -112,15 +112,19 @@ def test_measured_stands_beside_predicted(card):
 def test_speed_is_told_of_right_results_and_its_bottleneck_named(card):
     ours, eager, equal, own = summary.OURS, "eager bf16", "equal batch", "largest batch"
     saved(card, "training", [
+        trained("a21", ours, "one image", 1.0), trained("a21", eager, "one image", 1.0),
         trained("a21", ours, equal, 3.0), trained("a21", ours, own, 5.0),
         trained("a21", eager, equal, 2.0), trained("a21", eager, own, None, failed="no memory"),
-        trained("uresnet", ours, equal, 7.77, wrong="gradient_error 0.3"),
+        trained("uresnet", ours, "one image", 7.77, wrong="gradient_error 0.3"),
         trained("uresnet", ours, own, None, failed=NOT_BEGUN),
     ])  # fmt: skip
     kernel = {"network": "a21", "provider": ours, "setting": equal, "batch": 4, "calls": 3}
     saved(card, "training_kernels", [
         {**kernel, "kernel": "wgrad", "ms": 4.0, "share": 0.4},
         {**kernel, "kernel": "dgrad", "ms": 3.0, "share": 0.3},
+        {**kernel, "kernel": "7 others", "ms": 9.0, "share": 0.3},
+        {**kernel, "kernel": "cast", "ms": 5.0, "share": 0.9, "provider": eager},
+        {**kernel, "kernel": "start", "ms": 6.0, "share": 0.9, "batch": 1},
     ])  # fmt: skip
     page = summary.page(card)
     said = section(page, "In short")
