@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from . import SECTIONS, summary
+from .headline import how_failed
 from .record import NOT_BEGUN, NOT_FINISHED, ROOT, environment, resumed, save, table
 
 SECONDS = 585  # of a whole call, so that it ends within ten minutes
@@ -152,14 +153,14 @@ run(out, **({{"seconds": max(0.0, stop - time.time())}} if takes else {{}}))
         outcome = TIMED_OUT if timed_out else FAILED
         return _row(name, outcome, seconds, f"saved no result: {_reason(out / f'{name}.log')}")
     rows = json.loads(result.read_text())["rows"]
-    left = [row for row in rows if NOT_FINISHED in summary.how_failed(row)]
-    ours = [row for row in rows if summary.how_failed(row) and _is_ours(row) and row not in left]
-    others = sum(bool(summary.how_failed(row)) for row in rows) - len(left) - len(ours)
+    left = [row for row in rows if NOT_FINISHED in how_failed(row)]
+    ours = [row for row in rows if how_failed(row) and _is_ours(row) and row not in left]
+    others = sum(bool(how_failed(row)) for row in rows) - len(left) - len(ours)
     said = [f"{len(rows)} rows"]
     said += [f"{len(left)} {NOT_FINISHED}"] if left else []
     said += [f"{others} failed"] if others else []
     if status or ours:
-        wrong = [f"{row.get('provider', '')}: {summary.how_failed(row)}" for row in ours[:3]]
+        wrong = [f"{row.get('provider', '')}: {how_failed(row)}" for row in ours[:3]]
         said += wrong if ours else [_reason(out / f"{name}.log")]
     fine = PASSED if torch.cuda.is_available() else REHEARSED
     outcome = TIMED_OUT if timed_out else FAILED if status or ours else INCOMPLETE if left else fine

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fullres.bench import SECTIONS, convergence, record, summary
+from fullres.bench import SECTIONS, convergence, headline, record, summary
 from fullres.bench.record import NOT_BEGUN
 
 FACTS = {**record.environment(), "card": "NVIDIA H200", "commit": "abc1234", "date": "2026-01-02"}
@@ -110,7 +110,7 @@ def test_measured_stands_beside_predicted(card):
 
 
 def test_speed_is_told_of_right_results_and_its_bottleneck_named(card):
-    ours, eager, equal, own = summary.OURS, "eager bf16", "equal batch", "largest batch"
+    ours, eager, equal, own = headline.OURS, "eager bf16", "equal batch", "largest batch"
     saved(card, "training", [
         trained("a21", ours, "one image", 1.0), trained("a21", eager, "one image", 1.0),
         trained("a21", ours, equal, 3.0), trained("a21", ours, own, 5.0),
@@ -139,7 +139,7 @@ def test_speed_is_told_of_right_results_and_its_bottleneck_named(card):
 
 
 def test_a_small_card_shows_what_it_has(card):
-    rows = summary.Results(card).rows("largest")
+    rows = headline.Results(card).rows("largest")
     saved(card, "largest", [{**row, "memory_gib": 23.6} for row in rows[:2]])
     said = section(summary.page(card), "In short")
     assert "| largest batch in 23.6 GiB, 3 x 1260 x 2048 | uresnet |" in said
@@ -147,14 +147,14 @@ def test_a_small_card_shows_what_it_has(card):
 
 
 def test_without_a_card_nothing_looks_measured(card):
-    for name in summary.Results(card).files:
-        rows = summary.Results(card).rows(name)
+    for name in headline.Results(card).files:
+        rows = headline.Results(card).rows(name)
         saved(card, name, rows, card="none")
     page = summary.page(card)
     assert page.startswith("# fullres: NOT RUN ON A CARD")
     said = section(page, "In short")
     assert "| predicted largest batch in 40 GiB" in said and "41" not in said
-    assert said.count("not yet measured") == len(summary.LINES) + 2
+    assert said.count("not yet measured") == len(headline.LINES) + 2
     assert "**NOT RUN ON A CARD.**" in section(page, "largest")
 
 
@@ -179,7 +179,7 @@ def test_convergence_and_scaling_are_summed_up(card):
     row |= {"device": "NVIDIA H200", "network": "a21", "image": "3x1260x2048", "of_steps": 240}
     row |= {"wrong": "", "failed": "", "outside_spread": None}
     rows = [{**row, "provider": name} for name in convergence.RUNS]
-    ours = next(row for row in rows if row["provider"] == summary.OURS)
+    ours = next(row for row in rows if row["provider"] == headline.OURS)
     ours["outside_spread"] = ""
     saved(card, "convergence", rows)
     fit = {"network": "a21", "provider": "fullres, keep, bf16", "device": "NVIDIA H200"}
