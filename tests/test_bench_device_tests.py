@@ -64,6 +64,7 @@ def outcomes(out):
     return {row["test"].split("::")[-1]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_a_test_that_breaks_things_costs_itself_alone(here, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(device_tests, "HANGS", 3)
     path = written(tmp_path, FILE)

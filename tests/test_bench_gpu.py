@@ -290,6 +290,7 @@ def test_a_rehearsal_runs_every_section_and_writes_its_page(monkeypatch, facts, 
         assert "NOT RUN ON A CARD" in section and "| --- |" in section
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_sections_without_time_say_what_is_left(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_run", here)
