@@ -246,6 +246,13 @@ def plan(
     host_memory: Annotated[
         str, typer.Option(help="Pinned memory of the host that stored maps may wait in.")
     ] = "0",
+    split_batch: Annotated[
+        bool,
+        typer.Option(
+            "--split-batch",
+            help="Let a few images run at a time, where no normalisation is by the batch.",
+        ),
+    ] = False,
     precision: Precision = "bf16",
     hardware: Annotated[
         str | None, typer.Option(help="Card, such as h200; else the one here, or an H200.")
@@ -279,6 +286,7 @@ def plan(
         (channels, *size),
         memory=memory,
         host_memory=host_memory,
+        split_batch=split_batch,
         labels=label_bytes(1, channels, size) if pixels else 0,
         criterion=pixel_criterion() if pixels else None,
         dtype=DTYPES[precision],
@@ -309,6 +317,10 @@ def precompile(
     policy: Annotated[
         str, typer.Option(help="What segments keep: keep, closing or series.")
     ] = "keep",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A plan's file, which says image, batch, precision and what is kept."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the build; a second run compiles what changed.")
     ] = Path("precompiled"),
@@ -322,23 +334,38 @@ def precompile(
 ) -> None:
     """Compile every kernel of a training step ahead of time; no GPU is needed.
 
+    The step of a U-ResNet of three classes includes its focal loss; validation is compiled, too.
+
     A process that trains with TRITON_CACHE_DIR=OUT/cache, and the same versions, compiles nothing.
     A table of FULLRES_DISPATCH decides here what it decides there.
     """
     import torch
 
     from .bench.record import table as text_table
+    from .engine import Plan
     from .engine.precompile import precompile as run
     from .engine.precompile import training_step
-    from .training.config import parse_size
+    from .training.config import parse_network, parse_size
+    from .training.memory import pixel_criterion
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if precision not in dtypes:
         raise ValueError(f"want precision from {', '.join(dtypes)}; got {precision!r}")
     _want_folder(out)
     build, channels = _network(model, preset, network)
-    shape = batch_size, channels, *parse_size(image_size)
-    step = training_step(_converted(build, policy), shape, dtypes[precision])
+    # The loss is one of three classes; a network of others is not the trainer's.
+    pixels = model == "uresnet" and parse_network(preset, network).classes == 3
+    shape, dtype = (batch_size, channels, *parse_size(image_size)), dtypes[precision]
+    planned = None if plan is None else Plan.load(plan)
+    if planned is not None:
+        shape, dtype = planned.input_shape, planned.dtype
+    step = training_step(
+        _converted(build, policy, planned),
+        shape,
+        dtype,
+        pixel_criterion(labelled=True) if pixels else None,
+        validation=True,
+    )
     with _progress(stderr=True) as bar:
         task = bar.add_task("Compiling", total=None)
         rows = run(
@@ -379,11 +406,17 @@ def _network(model: str, preset: str, network: str) -> tuple[Callable[[], Any], 
     return functools.partial(getattr(models, model), *arguments), channels
 
 
-def _converted(build: Callable[[], Any], policy: str) -> Callable[[], Any]:
-    """Return what builds a network and converts it."""
+def _converted(build: Callable[[], Any], policy: str, planned: Any = None) -> Callable[[], Any]:
+    """Return what builds a network and converts it, by a policy or a plan."""
+    import torch
+
     from .engine import convert
     from .engine.fusion import POLICIES
 
+    if planned is not None:
+        with torch.device("meta"):
+            convert(build(), plan=planned)  # an error if it is another network's
+        return lambda: convert(build(), plan=planned, inplace=True)
     if policy not in POLICIES:
         raise ValueError(f"want policy from {', '.join(POLICIES)}; got {policy!r}")
     return lambda: convert(build(), policy=policy, inplace=True)

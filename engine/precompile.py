@@ -37,6 +37,7 @@ def training_step(
     input_shape: Iterable[int],
     dtype: torch.dtype,
     criterion: Callable[[Any], Tensor] | None = None,
+    validation: bool = False,
 ) -> Callable[[], None]:
     """Return a function that builds a network and takes it forward and backward once.
 
@@ -45,6 +46,7 @@ def training_step(
         input_shape: of its one input, such as [N, C, H, W].
         dtype: the compute type; float16 and bfloat16 run under autocast.
         criterion: makes a scalar of the network's output; None adds up what that holds.
+        validation: whether to pass forward in evaluation mode, too.
     """
 
     def total(out: Any) -> Tensor:
@@ -59,6 +61,10 @@ def training_step(
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = (criterion or total)(model(x))
         loss.backward()
+        if validation:
+            model.eval()
+            with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                (criterion or total)(model(x))
 
     return step
 

@@ -9,8 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
+from fullres import Plan, cli
 from fullres.bench import kernels, memory
 from fullres.engine import precompile
 from fullres.kernels import aot
@@ -61,6 +63,51 @@ def test_precompile_refuses_unknown_targets(fullres, tmp_path):
     code, out, err = fullres("precompile", "--target", "sm_90,sm_7", "--out", tmp_path / "build")
     assert code == 1 and "want some of sm_80, sm_90, gfx942; got sm_7" in err
     assert not (tmp_path / "build").exists()
+
+
+TINY = "filters=4,depth=1,level_blocks=1,deepest_blocks=1,deepest_channels=8,deepest_kernel=3"
+NETWORK = ("--preset", "a21", "--network", TINY, "--image-size", "32x48")
+
+
+def launched(step) -> dict[str, set[str]]:
+    """The variants that a step launches, by their kernels."""
+    found: dict[str, set[str]] = {}
+    for launch in precompile.record_launches(step, "sm_90", first=True):
+        found.setdefault(launch.kernel.split(":")[1], set()).add(launch.description)
+    return found
+
+
+def test_precompile_knows_the_loss_and_validation(fullres, compiled, tmp_path):
+    """Else a process that trains would compile them at its first step, and its first validation."""
+    assert fullres("precompile", *NETWORK, "--out", tmp_path)[0] == 0
+    found = launched(compiled[1][0][0])
+    build, _ = cli._network("uresnet", "a21", TINY)
+    alone = launched(
+        precompile.training_step(cli._converted(build, "keep"), (1, 3, 32, 48), torch.bfloat16)
+    )
+    assert {*found} - {*alone} == {
+        "softmax_focal_loss_kernel", "softmax_focal_loss_backward_kernel",
+    }  # fmt: skip
+    assert found["conv2d_fwd_kernel"] > alone["conv2d_fwd_kernel"]  # without moments
+
+
+def test_precompile_follows_a_plan(fullres, compiled, tmp_path):
+    path = tmp_path / "plan.json"
+    fits = ("--batch-size", 2, "--precision", "fp16", "--memory", "1GiB", "--save", path)
+    assert fullres("plan", *NETWORK, *fits)[0] == 0
+    found = Plan.load(path)
+    least = ("--memory", int(0.5 * found.peak_bytes))
+    assert fullres("plan", *NETWORK, *fits[:-4], *least, "--save", path)[0] == 0
+    tight = Plan.load(path)
+    assert any(part.again for part in tight.segments)
+    code, _, err = fullres("precompile", *NETWORK, "--plan", path, "--out", tmp_path)
+    assert code == 0, err
+    made = launched(compiled[1][0][0])
+    assert {"conv2d_fwd_kernel", "softmax_focal_loss_backward_kernel"} <= {*made}
+    code, _, err = fullres("precompile", "--plan", path, "--out", tmp_path)
+    assert code == 1 and "plan: want one of this network" in err
+    code, _, err = fullres("precompile", "--plan", __file__, "--out", tmp_path)
+    assert code == 1 and "path: want a file that Plan.save wrote" in err
 
 
 def test_precompile_prints_a_table(fullres, compiled, tmp_path):

@@ -64,6 +64,10 @@ class TrainConfig:
     host_memory: str = _option(
         "0", "Pinned memory of the host that --memory's plan may let stored maps wait in."
     )
+    split_batch: bool = _option(
+        False,
+        "Let --memory's plan run a few images at a time, where no normalisation is by the batch.",
+    )
     batch_size: int | Literal["auto"] = _option(
         1,
         "Images per process and forward pass; auto: as many as --memory suffices for.",
@@ -121,6 +125,8 @@ class TrainConfig:
             raise ValueError("want memory beside batch_size auto; got none")
         elif host:
             raise ValueError(f"want memory beside host_memory {self.host_memory!r}; got none")
+        elif self.split_batch:
+            raise ValueError("want memory beside split_batch; got none")
         _ = self.size
 
     def _check_memory(self) -> None:

@@ -26,18 +26,24 @@ FREE_SHARE = {"gpu": 0.97, "cpu": 0.8}  # of the free memory, that a run takes
 _NAMED = 5  # of what is alive at the peak, where a prediction fails
 
 
-def pixel_criterion(scheme: str = "focal") -> Callable[[Sequence[Tensor]], Tensor]:
+def pixel_criterion(
+    scheme: str = "focal", labelled: bool = False
+) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return the loss of a U-ResNet's logits, for planning: labels are 0, and take no memory.
 
     The labels of a batch lie in memory for the whole step; `label_bytes` are to be reserved.
+
+    labelled: whether labels are a tensor of their own, such as kernels are compiled for.
     """
 
     def criterion(logits: Sequence[Tensor]) -> Tensor:
         n, _, *size = logits[0].shape
-        labels = torch.zeros((), dtype=torch.uint8, device=logits[0].device)
+        shape = n, len(logits), *size
+        own = shape if labelled else ()
+        labels = torch.zeros(own, dtype=torch.uint8, device=logits[0].device)
         # Alone: while a step is planned, ranks have nothing to tell each other.
         loss = SegmentationLoss(scheme, synchronize=False)
-        return loss(logits, labels.expand(n, len(logits), *size))
+        return loss(logits, labels.expand(shape))
 
     return criterion
 
@@ -146,6 +152,7 @@ def plan_run(
         dtype=DTYPES[config.precision],
         optimizer=optimizer,
         host_memory=config.host_memory,
+        split_batch=config.split_batch,
     )
     found = replace(found, optimizer=config.optimizer)
     return replace(config, batch_size=found.input_shape[0]), found
@@ -202,6 +209,7 @@ def _same_step(config: TrainConfig, before: dict[str, Any]) -> bool:
     names = (
         "model", "preset", "network", "image_size", "batch_size", "accumulate", "loss",
         "optimizer", "precision", "sync_batch_norm", "channels_last", "memory", "host_memory",
+        "split_batch",
     )  # fmt: skip
     return all(before.get(name) == getattr(config, name) for name in names)
 
