@@ -619,20 +619,23 @@ def run(
     with mock.patch.dict(os.environ, ALLOCATOR), Behind(planning), Behind(building) as built:
 
         def begin(job: Job, wait: bool) -> None:
-            number = networks.index(job.network)
-            ready = not gpu or built.ended(number, until if wait else 0.0)
-            left = [p for p in timing.left(job) if ready or not _ours(p)]
+            left = timing.left(job)
+            if gpu and any(map(_ours, left)):
+                number = networks.index(job.network)
+                if not built.ended(number, until if wait else 0.0):
+                    left = [p for p in left if not _ours(p)]
             if job.base in job.providers and left and job.base not in left:
                 left.insert(0, job.base)  # with whom they are compared takes turns with them
             timing.run(job, left)
 
-        for wait in (False, True):  # ours wait until all their configurations are compiled
-            for job in jobs:
-                if not {*job.providers} & {*COMPILED}:
-                    begin(job, wait)
-        with ThreadPoolExecutor(len(COMPILED)) as pool:
-            compiled = [job for job in jobs if {*job.providers} & {*COMPILED}]
-            list(pool.map(partial(begin, wait=False), compiled))  # raises what a thread has raised
+        plain = [job for job in jobs if not {*job.providers} & {*COMPILED}]
+        for job in plain:
+            begin(job, wait=False)
+        with ThreadPoolExecutor(len(COMPILED)) as pool:  # torch compiles, beside whoever is timed
+            others = pool.map(partial(begin, wait=False), [j for j in jobs if j not in plain])
+            for job in plain:  # ours wait until all their configurations are compiled
+                begin(job, wait=True)
+            list(others)  # which raises what a thread has raised
     timing.save()
     rows = timing.table()
     print(table([{name: row[name] for name in PRINTED} for row in rows]))
