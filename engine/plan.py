@@ -293,7 +293,13 @@ def max_batch(
     if len(image_shape) != 3:
         raise ValueError(f"image_shape: want [C, H, W], got {list(image_shape)}")
     budget = parse_memory(memory, "memory") - parse_memory(options.pop("reserve", 0), "reserve")
-    return _largest(model, budget, 1, limit, lambda n: (n, *image_shape), options)
+
+    def shape(n: int) -> tuple[int, ...]:
+        return (n, *image_shape)
+
+    # One image is not run in parts, so that is not where to begin.
+    found = _largest(model, budget, 2 if options.get("split_batch") else 1, limit, shape, options)
+    return found or _largest(model, budget, 1, min(limit, 1), shape, options)
 
 
 def max_image(
@@ -395,10 +401,14 @@ def _along(
     """Return the largest number whose peak fits; the peak is close to a line over the pixels."""
     other = max(1, size // 2) if size > 1 else min(2, limit)
     low, high = 0, limit + 1
-    for n in {size, other}:
+    tried = sorted({size, other})
+    for n in tried:
         low, high = (max(low, n), high) if peak(n) <= budget else (low, min(high, n))
     while high - low > 1:
-        a, b = (low, high) if low and high <= limit else (size, other)
+        if low and high <= limit:
+            a, b = low, high
+        else:  # the line of those that are nearest
+            a, b = (tried[-1], tried[-2:][0]) if low else (tried[0], tried[:2][-1])
         if a == b:
             return low
         slope = (peak(b) - peak(a)) / (_pixels(shape(b)) - _pixels(shape(a)))
@@ -409,6 +419,7 @@ def _along(
             fits = _pixels(shape(middle)) <= pixels
             left, right = (middle, right) if fits else (left, middle - 1)
         low, high = (left, high) if peak(left) <= budget else (low, left)
+        tried = sorted({*tried, left})
     return low
 
 

@@ -36,14 +36,15 @@ def apart(program: Program, sizes: Mapping[int, Sequence[int]], count: int) -> b
 
     What is checked is what only sizes tell: their ranks, and that the first dimension is the batch.
     """
-    if any(not size or size[0] != count for size in sizes.values()):
-        return False
-    for step in program.steps:
-        if isinstance(step, Call):
-            ranks = {len(sizes[slot]) for slot in step.slots}
-            if not step.apart or step.random or len(ranks) != 1 or min(ranks) < step.apart:
-                return False
-    return True
+    calls = [step for step in program.steps if isinstance(step, Call)]
+    alike = all(size and size[0] == count for size in sizes.values())
+    return alike and not any(call.random for call in calls) and all(keeps(c, sizes) for c in calls)
+
+
+def keeps(call: Call, sizes: Mapping[int, Sequence[int]]) -> bool:
+    """Whether a call on images of these sizes computes each row of dimension 0 by itself."""
+    ranks = {len(sizes[slot]) for slot in call.slots}
+    return call.apart > 0 and len(ranks) == 1 and min(ranks) >= call.apart
 
 
 def parts(count: int, size: int, fake: bool = False) -> Iterator[tuple[int, int]]:

@@ -32,7 +32,7 @@ from .fuse import resampled_size
 from .geometry import Geometry, want
 from .norm import batch_norm_backward, batch_norm_eval, batch_norm_forward, merge_moments
 from .offload import Offloaded
-from .parts import apart, part_size, parts, whole
+from .parts import apart, keeps, part_size, parts, whole
 from .pointwise import moments as moments_of
 from .pointwise import normalised_gradient, prologue, prologue_backward
 from .program import (
@@ -317,16 +317,22 @@ class _Output(torch.autograd.Function):
 # Forward
 
 
+class _Mixed(Exception):
+    """A call may mix images."""
+
+
 def _forward(
     pass_: Pass,
     tensors: Sequence[Tensor | None],
     kept: Sequence[int],
     stays: Sequence[Stay],
     known: Sequence[Tensor] = (),
+    apart_alone: bool = False,
 ) -> _Made:
     """Run a program; tensors are its inputs and parameters, kept the slots to return.
 
-    known: its norms, where they have been made.
+    known: its norms, where they have been made. apart_alone: raise _Mixed before a call that may
+    mix images.
     """
     program, batch = pass_.program, pass_.batch
     values = dict(enumerate(tensors[: program.inputs]))
@@ -365,6 +371,8 @@ def _forward(
     for slot in range(program.inputs):
         normalise(slot, None)
     for number, step in enumerate(program.steps):
+        if apart_alone and isinstance(step, Call) and not keeps(step, sizes):
+            raise _Mixed
         with _running(program, number):
             wanted = any(batch[n] for n in program.norms_of.get(step.out, ()))
             found = _execute(pass_, step, values, norms, parameters, wanted, first=True)
@@ -400,7 +408,11 @@ def _forward_in_parts(
     norms: list[Tensor] = []
     sizes: dict[int, list[int]] = {}
     for first, last in parts(count, pass_.images, fake):
-        made = _forward(pass_, [*(x[first:last] for x in inputs), *parameters], (), (), norms)
+        own = [*(x[first:last] for x in inputs), *parameters]
+        try:
+            made = _forward(pass_, own, (), (), norms, apart_alone=not outputs)
+        except _Mixed:
+            return None
         if not outputs:
             if not apart(program, made.sizes, last - first):
                 return None
