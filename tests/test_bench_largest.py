@@ -1,5 +1,6 @@
 """The search for the largest batch that trains: its answers, and that failures cost their own."""
 
+import contextlib
 import json
 import os
 import threading
@@ -190,6 +191,52 @@ def test_on_a_card_the_allocator_is_asked_and_held_to_the_memory(monkeypatch):
     assert found["retries"] == 3 and found["steps"] == 2 and found["step_s"] > 0
     state |= {"limit": None, "reserved": 2**30 + 1}  # an allocator that does not mind its limit
     assert largest.attempt(place, 2, lambda: None)["outcome"] == "memory"
+
+
+def test_a_cards_cells_come_by_importance_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    class Card:
+        total_memory = int(79.1 * 2**30)  # of an 80 GB card: no 80 GiB
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "card")
+    monkeypatch.setattr(largest, "Behind", lambda calls: contextlib.nullcontext())
+    monkeypatch.setattr(record, "_commit", lambda: "abc")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    tried, most = [], 20
+
+    class Attempts:
+        def __init__(self, turn):
+            assert "expandable_segments" in os.environ["PYTORCH_ALLOC_CONF"]
+
+        def __call__(self, cell, batch, until):
+            if len(tried) == most:
+                raise largest.UnfinishedError
+            tried.append(cell)
+            limit = largest.foretell(largest.recorded(tmp_path), cell).batch
+            return fits(batch) if batch < limit else {"outcome": "memory", "why": ""}
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(largest, "Attempts", Attempts)
+    rows = largest.run(tmp_path, workers=1)
+    assert len(rows) == 3 * 7 * 2 == len({largest._key(row) for row in rows})
+    assert [cell.provider for cell in tried[:6]] == [steps.OURS] * 6
+    assert len(tried) == most and all(cell.memory == 40 * 2**30 for cell in tried)
+    left = [row for row in rows if record.NOT_FINISHED in row["failed"]]
+    done = [row for row in rows if not row["failed"]]
+    assert len(left) + len(done) == len(rows) and left and done
+    most = 10**6
+    rows = largest.run(tmp_path, workers=1)
+    assert not any(row["failed"] for row in rows)
+    assert all(row["batch"] == max(0, row["predicted_batch"] - 1) for row in rows)
+    compiled = [cell.provider in steps.COMPILED for cell in tried]
+    assert compiled == sorted(compiled)  # last, as they take longest
+    seen = {(cell.network, cell.provider, cell.memory): cell.whole for cell in tried}
+    assert len(seen) == len(rows) and sum(seen.values()) == len(rows) // 2
+    once = len(tried)
+    assert largest.run(tmp_path, workers=1) == rows and len(tried) == once
 
 
 def test_out_of_memory_is_known_from_what_is_said():

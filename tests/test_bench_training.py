@@ -289,13 +289,64 @@ def test_it_goes_on_where_time_was_over(tmp_path, monkeypatch, capsys):
     assert time.perf_counter() - start < 5
 
 
-def test_jobs_of_a_card_take_batches_that_were_measured(tmp_path, monkeypatch):
+@pytest.fixture
+def card(monkeypatch):
+    """A card of 80 GiB, as far as it is asked what it is."""
+
     class Card:
         total_memory = 80 * 2**30
-        name = "card"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "card")
+
+
+class Built:
+    """In place of what compiles beside the timing: done once somebody waits for it."""
+
+    def __init__(self, calls):
+        self.done = False
+
+    def ended(self, number, until=0.0):
+        self.done |= until > 0
+        return self.done
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_on_a_card_ours_wait_for_their_kernels_and_take_turns_with_eager(
+    card, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "Behind", Built)
+    monkeypatch.setattr(record, "_commit", lambda: "abc")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    ran = []
+
+    def run(self, job, providers):
+        ran.append((job, tuple(providers)))
+        for provider in providers:
+            self.put(job, provider, failed="", step_s=1.0, images_per_s=1.0, batch=job.batch)
+            self.put(job, provider, step_s_20=1.0, step_s_80=1.0, gradient_error=0.1)
+
+    monkeypatch.setattr(training.Timing, "run", run)
+    rows = training.run(tmp_path, networks=["a21"])
+    assert not any(row["failed"] for row in rows)
+    ours = [n for n, (_, providers) in enumerate(ran) if steps.OURS in providers]
+    plain = [n for n, (job, p) in enumerate(ran) if p and not {*p} & {*steps.COMPILED}]
+    first = [n for n in plain if n not in ours]
+    assert ours and max(first) < min(ours)
+    for job, providers in (ran[n] for n in ours):
+        assert providers == ((steps.OURS,) if job.setting == OWN else ("eager bf16", steps.OURS))
+    seen = len(ran)
+    assert training.run(tmp_path, networks=["a21"]) == rows
+    assert not any(providers for _, providers in ran[seen:])
+
+
+def test_jobs_of_a_card_take_batches_that_were_measured(card, tmp_path, monkeypatch):
     known = {"network": "a21", "provider": steps.OURS, "memory_gib": 40.0, "batch": 77}
     monkeypatch.setattr(
         training, "resumed", lambda name, out: [{**known, "failed": ""}] * (name == "largest")
