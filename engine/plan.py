@@ -208,6 +208,10 @@ class InfeasibleError(ValueError):
         super().__init__(message)
         self.least = least
 
+    def __reduce__(self):
+        """Be pickled whole: it may come from another process."""
+        return type(self), (*self.args, self.least)
+
 
 def plan(
     model: nn.Module,

@@ -117,6 +117,8 @@ def test_an_impossible_budget_names_one_that_suffices():
     model = small("a21")
     with pytest.raises(ValueError, match=r"memory: want at least .* MiB for 2 x 3 x 64 x 96") as e:
         plan(model, SHAPE, memory="100 KiB")
+    again = pickle.loads(pickle.dumps(e.value))
+    assert (str(again), again.least) == (str(e.value), e.value.least)
     named = str(e.value).split("at least ")[1].split(" for ")[0]
     planned = plan(model, SHAPE, memory=named)
     assert planned.peak_bytes <= planned.memory
