@@ -11,8 +11,8 @@ run by `fullres.plan` for 97 % of the memory, as a run with `memory="auto"` does
 does not suffice, by the plan of least memory.
 
 What needs no device is done beside another process' attempt: importing, planning, compiling. So
-`step_s` says little, the less as our kernels run in their first configuration, which needs as much
-memory as the one that a tuner takes minutes to choose; `training.py` measures speed.
+`step_s` says little, the less as our kernels run in their first configuration: choosing another
+takes a tuner minutes, and changes no memory but that of partial sums. `training.py` measures speed.
 
 Without a GPU the memory is simulated: live bytes of steps on the CPU, at a small image.
 """
