@@ -322,7 +322,7 @@ def test_torch_compile_and_copies_go_by_parts_too(rng):
 
 
 def test_normalisation_by_the_batch_and_mixing_calls_run_all_at_once(rng, monkeypatch):
-    """Whatever a plan says: what was frozen trains again, or inputs are of other numbers."""
+    """Whatever a plan says: what was frozen may train again."""
     torch.manual_seed(0)
     model = randomised(residual(), rng)
     x = torch.randn(5, 3, 17, 23, generator=rng, dtype=torch.float64)
@@ -336,6 +336,36 @@ def test_normalisation_by_the_batch_and_mixing_calls_run_all_at_once(rng, monkey
     want = gradients(mixing, x)
     split(mixing, 2)
     assert equal(gradients(mixing, x), want)
+
+
+class Beside(nn.Module):
+    """An image that is added to each of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.side = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x, y):
+        return self.last(torch.relu(self.conv(x) + self.side(y)))
+
+
+def test_inputs_of_other_numbers_of_images_run_all_at_once(rng, monkeypatch):
+    torch.manual_seed(0)
+    whole = convert_whole(randomised(Beside(), rng))
+    assert len(programs(whole)) == 1
+    x = torch.randn(5, 3, 9, 11, generator=rng, dtype=torch.float64)
+    runs, original = [], segment.parts
+    monkeypatch.setattr(segment, "parts", lambda *a: runs.append(a) or original(*a))
+    for y in (x[:1], x.flip(0)):
+        found = []
+        for images in (0, 2):
+            split(whole, images)
+            out = whole(x, y)
+            found.append([out, *torch.autograd.grad(loss_of(out), whole.parameters())])
+        for ours, plain in zip(*found, strict=True):
+            assert (ours - plain).abs().max() <= 1e-10 * max(1.0, plain.abs().max().item())
+        assert len(runs) == (0 if len(y) == 1 else 2)
 
 
 class Mixing(nn.Module):
@@ -745,3 +775,44 @@ def test_the_trainer_wants_memory_beside_it():
         TrainConfig(synthetic=True, split_batch=True)
     config = TrainConfig(synthetic=True, split_batch=True, memory="1GiB")
     assert dataclasses.asdict(config)["split_batch"] is True
+
+
+# On a card
+
+
+@pytest.mark.gpu
+def test_a_card_takes_what_was_predicted_and_computes_the_same():
+    """Gradients in bfloat16 are those of the plan without parts, but for their last bits."""
+    shape = (12, 3, 256, 384)
+    plain = plan(small("scc21"), shape, memory="8GiB", criterion=loss_of)
+    with pytest.raises(InfeasibleError) as caught:
+        plan(small("scc21"), shape, memory=1, criterion=loss_of)
+    options = {"criterion": loss_of, "split_batch": True}
+    parted = plan(small("scc21"), shape, memory=int(0.85 * caught.value.least), **options)
+    assert all(part.images for part in parted.segments)
+    generator = torch.Generator("cuda").manual_seed(1)
+    x, found = torch.randn(shape, device="cuda", generator=generator), []
+    for each in (plain, parted):
+        model = convert(small("scc21"), plan=each).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        for step in range(3):
+            if step == 2:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                # Input, parameters, gradients and state are part of what is promised.
+                before -= x.nbytes + 4 * sum(p.nbytes for p in model.parameters())
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = loss_of(model(x))
+            loss.backward()
+            if step == 0:
+                found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+            optimizer.step()
+            del loss
+        peak = torch.cuda.max_memory_allocated() - before
+        assert peak <= 1.1 * each.peak_bytes + 32 * 2**20  # workspaces come on top
+        del model, optimizer
+    for ours, other in zip(*found, strict=True):
+        assert (ours - other).norm() <= 2**-6 * other.norm() + 1e-6
