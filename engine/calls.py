@@ -24,8 +24,8 @@ ARITHMETIC = {
 _PACKAGES = ("torch", "torch.nn.functional", "_operator", "torch._C._nn", "torch.functional")
 _REFUSED = (  # in a name: it draws, moves statistics, or does not return a tensor
     "rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "gumbel", "rrelu",
-    "batch_norm", "instance_norm", "multi_head", "seed", "tolist", "numpy", "backward", "grad",
-    "checkpoint", "assert",
+    "fractional", "batch_norm", "instance_norm", "multi_head", "seed", "tolist", "numpy",
+    "backward", "grad", "checkpoint", "assert",
 )  # fmt: skip
 _LAYERS = {
     "activation": {"MultiheadAttention", "RReLU"},
@@ -39,7 +39,7 @@ _LAYERS = {
     "normalization": set(),
     "padding": set(),
     "pixelshuffle": set(),
-    "pooling": set(),
+    "pooling": {"FractionalMaxPool2d", "FractionalMaxPool3d"},
     "upsampling": set(),
 }  # of torch.nn.modules: modules of stateless layers, and which of theirs are not
 # The gradient of these depends on sizes alone.

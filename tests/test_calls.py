@@ -88,6 +88,8 @@ NO_CALLS = {
     "ReLU in place": nn.ReLU6(inplace=True),
     "Dropout in place": nn.Dropout(0.5, inplace=True),
     "RReLU": nn.RReLU(),
+    "FractionalMaxPool2d": nn.FractionalMaxPool2d(2, output_ratio=0.7),
+    "fractional max pool": lambda x: F.fractional_max_pool2d(x, 2, output_ratio=0.7),
     "RNN": nn.LSTM(3, 3),
     "own": Own(),
 }
