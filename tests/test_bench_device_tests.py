@@ -61,7 +61,7 @@ def written(folder, text):
 
 def outcomes(out):
     rows = json.loads((out / "tests.json").read_text())["rows"]
-    return {row["test"].split("::")[-1]: row for row in rows}
+    return {row["test"].split("::")[-1].split("/")[-1]: row for row in rows}
 
 
 @pytest.mark.slow
