@@ -31,8 +31,8 @@ from ._tune import autotune
 from .aot import Variant
 
 CONFIGS = [  # the first must fit every supported device: tests and the interpreter pin it
-    triton.Config({"ELEMENTS": 4096}, num_warps=4),
     triton.Config({"ELEMENTS": 2048}, num_warps=4),
+    triton.Config({"ELEMENTS": 4096}, num_warps=4),
     triton.Config({"ELEMENTS": 8192}, num_warps=8),
 ]
 CHAIN = 1 << 14  # pixels of a program, so that no sum is long

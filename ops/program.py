@@ -534,7 +534,8 @@ def expanded(program: Program, wanted: Iterable[int], dropped: Container[int]) -
             continue
         seen.add(slot)
         if slot in dropped and slot in program.producers and slot not in program.outputs:
-            pending += read(program.steps[program.producers[slot]])
+            # Not +=, which torch 2.11 cannot compile for what is no list.
+            pending.extend(read(program.steps[program.producers[slot]]))
         else:
             found.add(slot)
     return found
