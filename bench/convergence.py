@@ -34,7 +34,7 @@ import torch
 from ..events import EventWriter, SyntheticEvents, generate_file
 from ..events.dataset import FILE_SIZE, PLANES, SIZE
 from .record import NOT_BEGUN, NOT_FINISHED, resumed, save, table
-from .steps import Network, compile_kernels, pixel_labels, untuned
+from .steps import Network, compile_kernels, exact_products, pixel_labels, untuned
 from .worker import FailedError, Worker
 
 REFERENCE = "eager float32"
@@ -242,8 +242,6 @@ def _trained(name: str, setting: Setting, work: Path, until: float) -> dict:
     from ..training.callbacks import StoppedError
     from ..training.curves import read_curves
 
-    torch.backends.cudnn.allow_tf32 = False  # eager float32 is to be float32
-    torch.backends.cuda.matmul.allow_tf32 = False
     gpu = setting.device == "gpu"
     if gpu:
         gc.collect()
@@ -251,7 +249,7 @@ def _trained(name: str, setting: Setting, work: Path, until: float) -> dict:
         torch.cuda.reset_peak_memory_stats()
     folder, stopped = work / _slug(name), ""
     config = TrainConfig(**_options(name, setting, work), out=str(folder))
-    with _stopped_at(until), untuned():
+    with exact_products(), _stopped_at(until), untuned():  # eager float32 is to be float32
         try:
             train(config, resume="auto")
         except StoppedError:

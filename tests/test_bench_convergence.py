@@ -88,7 +88,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for work in (whole, parts):
         convergence._prepare(work, setting)
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     want = convergence._trained(REFERENCE, setting, whole, float("inf"))
+    assert before == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
     first = convergence._trained(REFERENCE, setting, parts, time.time())
     assert 0 < first["steps"] < 40
     assert "goes on" in first["failed"] and first["final_loss"] is first["accuracy"] is None

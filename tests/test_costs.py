@@ -379,8 +379,8 @@ def programs(model, image, dtype=torch.bfloat16) -> list[tuple]:
 
         return call
 
-    def forward(pass_, tensors, kept):
-        made = real["_forward"](pass_, tensors, kept)
+    def forward(pass_, tensors, *rest):
+        made = real["_forward"](pass_, tensors, *rest)
         program = pass_.program
         shapes = {
             step.weight: tensors[program.inputs + step.weight].shape
