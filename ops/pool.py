@@ -216,7 +216,9 @@ def windows(
     for size, taps, step, pad, dil in axes:
         spare = size + 2 * pad - dil * (taps - 1) - 1
         p = (spare + (step - 1 if ceil_mode else 0)) // step + 1
-        count.append(p - (ceil_mode and (p - 1) * step >= size + pad))
+        if ceil_mode and (p - 1) * step >= size + pad:  # that window would be padding alone
+            p -= 1
+        count.append(p)
     full = f"an image that holds {list(kernel)} pixels at dilation {list(dilation)}"
     want(min(count) > 0, "input", full, f"{image} with padding {list(padding)}")
     # In a window that begins before the image, the first tap inside is below the dilation.
