@@ -80,3 +80,25 @@ def two_ranks(request, tmp_path_factory) -> list:
         for p in ranks:
             p.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def pytest_addoption(parser):
+    """Add --emulate, which runs what the interpreter would as compiled for a device."""
+    parser.addoption(
+        "--emulate",
+        choices=["sm_80", "sm_90"],
+        help="where tests interpret kernels, run what the compiler makes of them for this target",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulated_if_asked(pytestconfig):
+    if not (target := pytestconfig.getoption("--emulate")):
+        yield
+        return
+    from unittest.mock import patch
+
+    from fullres.kernels.emulator import emulated
+
+    with patch("fullres.kernels._tune.interpreted", lambda: emulated(target)):
+        yield
