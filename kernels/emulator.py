@@ -7,19 +7,22 @@ Whatever a device would leave undefined is an error, with the place in the kerne
 - an address outside of every tensor that was passed, or not a multiple of the access's size;
 - two warps that touch a byte of shared memory, one of them writing, with no barrier between;
 - two programs that touch an element of a tensor, one of them writing;
-- a barrier, or an instruction of a whole warp, that some of its threads do not reach;
+- two threads that write different values to one place, by the same instruction;
+- shared memory that is read or written while a copy into it (cp.async) is not waited for, or
+  written while a product (wgmma) reads it;
+- a barrier, or an instruction of a whole warp, that some of its threads do not reach together;
 - a product that reads shared memory (wgmma) whose writes no fence has made visible to it.
 
 Shared memory begins as NaN, and so does the target of an asynchronous copy until it is waited for.
-All threads of up to BATCH_THREADS run in step; those that part at a branch run from the earliest
-block on until they meet. What ptxas makes of PTX, and clocks, are not modelled.
+All threads of up to BATCH_THREADS run in step; those that part at a branch meet again in the first
+block that all of them come to. ARCHITECTURE.md says what is not modelled.
 """
 
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from unittest import mock
 
@@ -34,7 +37,12 @@ from .launches import posing_as
 BATCH_THREADS = 4096  # more overflow the cache with registers
 WARP = 32
 GROUP = 128  # threads of a warp group, which multiply together on sm_90
-NOBODY, SEVERAL = -1, -2
+NOBODY, SEVERAL = -1, -2  # programs that touched an element of global memory
+# Who touched a cell of shared memory, and when: the number of the program's last barrier before
+# that, times WARPS, plus the warp, or one of two numbers that no warp has.
+WARPS = 256
+ADDING, MANY = WARPS - 2, WARPS - 1  # any number of warps: by atomic additions alone, otherwise
+Threads = np.ndarray | None  # indices of those that are here; None: all of the batch
 
 
 class EmulationError(RuntimeError):
@@ -155,19 +163,50 @@ def run(
             batch.run()
 
 
+class _Region:
+    """A tensor's bytes, or those of several that overlap, and which programs touched each element.
+
+    Elements between those of a strided tensor count as its own.
+    """
+
+    TRACED = 1 << 26  # elements; of larger tensors, conflicts are not looked for
+
+    def __init__(self, start: int, end: int, item: int):
+        self.start, self.end, self.item = start, end, item
+        self.origin = start // 16 * 16  # whatever is aligned is so from here, too
+        size = end - self.origin
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.origin))
+        self.reader = self.writer = None
+
+    def trace(self) -> bool:
+        """Return whether touches are traced."""
+        elements = -(-len(self.bytes) // self.item)
+        if self.reader is None and elements <= self.TRACED:
+            self.reader = np.full(elements, NOBODY, np.int32)
+            self.writer = self.reader.copy()
+        return self.reader is not None
+
+
 class _Memory:
-    """Global memory: the elements of the tensors that a launch was given, and who touched them."""
+    """Global memory: the regions of the tensors that a launch was given."""
 
     def __init__(self, tensors: Sequence):
-        self.regions = []
+        self.regions: list[_Region] = []
+        spans = []
         for tensor in tensors:
-            if not tensor.numel():
-                continue
-            item = tensor.element_size()
-            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            self.regions.append(_Region(tensor.data_ptr(), (last + 1) * item, item))
+            if tensor.numel():
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                start, item = tensor.data_ptr(), tensor.element_size()
+                spans.append((start, start + (last + 1) * item, item))
+        merged: list[tuple[int, int, int]] = []
+        for start, end, item in sorted(spans):
+            if merged and start < merged[-1][1]:  # they overlap: one memory
+                other, until, width = merged.pop()
+                start, end, item = other, max(until, end), min(width, item)
+            merged.append((start, end, item))
+        self.regions = [_Region(*span) for span in merged]
 
-    def region(self, low: int, high: int) -> "_Region | None":
+    def region(self, low: int, high: int) -> _Region | None:
         """Return the region that holds the bytes from low up to high."""
         for region in self.regions:
             if region.start <= low and high <= region.end:
@@ -175,20 +214,72 @@ class _Memory:
         return None
 
 
-class _Region:
-    """One tensor's bytes, and for each element the programs that read and wrote it last."""
+@dataclass
+class _Transfer:
+    """What an asynchronous instruction does to shared memory: `size` bytes at each place `at`."""
 
-    TRACED = 1 << 26  # elements; of larger tensors, conflicts are not looked for
+    at: np.ndarray
+    size: int
+    threads: np.ndarray  # whose doing each of them is
+    site: int
+    data: np.ndarray | None = None  # what arrives there, of a copy
 
-    def __init__(self, start: int, size: int, item: int):
-        self.start, self.end, self.item = start, start + size, item
-        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
-        self.reader = self.writer = None
+    def part(self, which: np.ndarray) -> "_Transfer":
+        data = None if self.data is None else self.data[which]
+        return replace(self, at=self.at[which], threads=self.threads[which], data=data)
 
-    def trace(self) -> None:
-        if self.reader is None and len(self.bytes) // self.item <= self.TRACED:
-            self.reader = np.full(len(self.bytes) // self.item, NOBODY, np.int32)
-            self.writer = self.reader.copy()
+
+class _Queue:
+    """Transfers as each thread has begun them, committed them in groups, and waited for them."""
+
+    def __init__(self, size: int, finish: Callable[[_Transfer], None]):
+        self.size, self.finish = size, finish
+        self.begun: list[_Transfer] = []
+        self.groups: list[tuple[np.ndarray, list[_Transfer]]] = []  # who committed it, and what
+
+    def __bool__(self) -> bool:
+        return bool(self.begun or self.groups)
+
+    def commit(self, threads: Threads) -> None:
+        """Make a group of what these threads have begun."""
+        members = self._members(threads)
+        group, self.begun = self._parted(self.begun, members)
+        self.groups.append((members, group))
+
+    def wait(self, left: int, threads: Threads) -> None:
+        """Finish, for these threads, all but the `left` last groups that each committed."""
+        here, pending = self._members(threads), np.zeros(self.size, np.int64)
+        kept = []
+        for members, group in reversed(self.groups):
+            pending += members
+            due = here & (pending > left)
+            done, rest = self._parted(group, due)
+            for transfer in done:
+                self.finish(transfer)
+            if (members & ~due).any():
+                kept.append((members & ~due, rest))
+        self.groups = kept[::-1]
+
+    def _members(self, threads: Threads) -> np.ndarray:
+        members = np.full(self.size, threads is None)
+        if threads is not None:
+            members[threads] = True
+        return members
+
+    @staticmethod
+    def _parted(transfers: list[_Transfer], members: np.ndarray) -> tuple[list, list]:
+        """Return the transfers, or parts of them, of the members, and those of others."""
+        mine, others = [], []
+        for transfer in transfers:
+            which = members[transfer.threads]
+            if which.all():
+                mine.append(transfer)
+            elif not which.any():
+                others.append(transfer)
+            else:
+                mine.append(transfer.part(which))
+                others.append(transfer.part(~which))
+        return mine, others
 
 
 class _Batch:
@@ -221,24 +312,23 @@ class _Batch:
             ("ntid", "x"): self.filled(np.uint32(kernel.threads), None),
             ("laneid", None): self.thread % np.uint32(WARP),
         }
-        # Shared memory: a program's lies behind the other's. Cells of the narrowest access are
-        # what conflicts are looked for in, by the number of the last barrier before each touch.
+        self.everybody = np.arange(self.size)
+        # Shared memory: a program's lies behind the other's. Conflicts are looked for in cells of
+        # the narrowest access.
         self.shared_bytes = shared_bytes
         self.stride = -(-max(shared_bytes, 1) // 1024) * 1024
         self.shared = np.full(self.stride * len(programs), 0xFF, np.uint8)
-        self.cell = 4 if kernel_width(kernel) >= 4 else kernel_width(kernel)
+        self.cell = kernel.narrowest
         cells = len(self.shared) // self.cell
-        self.barriers = np.zeros(len(programs), np.int32)
-        self.fences = np.zeros(len(programs), np.int32)
-        self.wrote_at, self.read_at = np.full(cells, -1, np.int32), np.full(cells, -1, np.int32)
-        self.writer, self.reader = np.full(cells, -1, np.int32), np.full(cells, -1, np.int32)
-        self.unfenced = np.full(cells, -1, np.int32)
-        self.arriving = np.zeros(cells, np.int32)  # copies that will write here
-        self.multiplied = np.zeros(cells, np.int32)  # products that may still read here
-        self.open_copies: list[tuple] = []
-        self.groups_of_copies: list[list[tuple]] = []
-        self.open_products: list[tuple] = []
-        self.groups_of_products: list[list[tuple]] = []
+        self.barriers = np.zeros(len(programs), np.int64)
+        self.fences = np.zeros(len(programs), np.int64)
+        self.wrote, self.read = np.full(cells, -1), np.full(cells, -1)  # by warp and barrier
+        self.unfenced = np.full(cells, -1)  # fences before the last write
+        self.arriving = np.zeros(cells, bool)  # a copy will write here
+        self.multiplied = np.zeros(len(self.shared) // 16, np.int32)  # products that read here
+        self.copies = _Queue(self.size, self.land)
+        self.products = _Queue(self.size, self.release)
+        self.executed: Counter[int] = Counter()  # warps, by block
         counts.programs += len(programs)
 
     def run(self) -> None:
@@ -250,14 +340,14 @@ class _Batch:
         ]  # fmt: skip
         waiting: dict[int, np.ndarray | None] = {0: None}
         while waiting:
-            number = min(waiting)
+            number = self.kernel.first(waiting)
             threads = waiting.pop(number)
             block = self.kernel.blocks[number]
             taken = self.kernel.function(number, threads is not None)(self, registers, threads)
-            self.note_block(block, threads)
+            here = self.everyone(threads)
+            self.executed[number] += 1 + np.count_nonzero(np.diff(self.warp[here]))
             if block.ends == "exits":
                 continue
-            here = np.arange(self.size) if threads is None else threads
             if block.ends == "jumps":
                 self.send(waiting, block.target, here)
             elif block.ends == "falls":
@@ -265,19 +355,18 @@ class _Batch:
             else:
                 self.send(waiting, block.target, here[taken])
                 self.send(waiting, number + 1, here[~taken])
+        for number, warps in self.executed.items():
+            for opcode, many in self.kernel.blocks[number].opcodes.items():
+                self.counts.instructions[opcode] += many * warps
 
-    def send(self, waiting: dict, number: int, threads: np.ndarray) -> None:
+    def send(self, waiting: dict[int, Threads], number: int, threads: np.ndarray) -> None:
+        """Let threads go on at a block, with those that wait there."""
         if not len(threads):
             return
         if number in waiting:
             there = waiting[number]
             threads = np.sort(np.concatenate([there, threads]))
         waiting[number] = threads if len(threads) < self.size else None
-
-    def note_block(self, block: ptx.Block, threads: np.ndarray | None) -> None:
-        warps = self.size // WARP if threads is None else len(np.unique(threads // WARP))
-        for made in block.instructions:
-            self.counts.instructions[".".join(made.parts)] += warps
 
     def fail(self, site: int, what: str) -> None:
         made = next(
@@ -292,23 +381,28 @@ class _Batch:
 
     # What every thread knows
 
-    def filled(self, value: object, threads: np.ndarray | None) -> np.ndarray:
+    def filled(self, value: object, threads: Threads) -> np.ndarray:
         return np.broadcast_to(value, self.size if threads is None else len(threads))
 
-    def special(self, name: str, axis: str | None, threads: np.ndarray | None) -> np.ndarray:
+    def special(self, name: str, axis: str | None, threads: Threads) -> np.ndarray:
         whole = self.places[name, axis]
         return whole if threads is None else whole[threads]
 
-    def parameter(self, number: int, kind: type, threads: np.ndarray | None) -> np.ndarray:
+    def parameter(self, number: int, kind: type, threads: Threads) -> np.ndarray:
         value = self.values[number]
         return self.filled(
             value.view(kind) if value.itemsize == kind(0).itemsize else value.astype(kind), threads
         )
 
-    def everyone(self, threads: np.ndarray | None) -> np.ndarray:
-        return np.arange(self.size) if threads is None else threads
+    def everyone(self, threads: Threads) -> np.ndarray:
+        return self.everybody if threads is None else threads
 
-    def whole(self, many: int, threads: np.ndarray | None, site: int) -> np.ndarray:
+    def live(self, guard: np.ndarray | None, threads: Threads) -> np.ndarray:
+        """Return which of the threads that are here a guard lets act."""
+        many = self.size if threads is None else len(threads)
+        return self.everybody[:many] if guard is None else np.flatnonzero(guard)
+
+    def whole(self, many: int, threads: Threads, site: int) -> np.ndarray:
         """Return the threads, of which each `many` neighbours have to be here together."""
         here = self.everyone(threads)
         if threads is not None:
@@ -317,16 +411,23 @@ class _Batch:
                 self.fail(site, f"only some of {many} threads that act together are here")
         return here
 
-    def barrier(self, threads: np.ndarray | None, site: int) -> None:
-        self.whole(self.kernel.threads, threads, site)
-        self.barriers[np.unique(self.program[self.everyone(threads)])] += 1
+    def barrier(self, threads: Threads, site: int) -> None:
+        here = self.whole(self.kernel.threads, threads, site)
+        self.barriers[self.program[here[:: self.kernel.threads]]] += 1
+
+    def fence(self, threads: Threads, site: int) -> None:
+        here = self.whole(self.kernel.threads, threads, site)
+        self.fences[self.program[here[:: self.kernel.threads]]] += 1
 
     # Global memory
 
     def located(
         self, address: np.ndarray, size: int, here: np.ndarray, site: int
-    ) -> Iterator[tuple[_Region, np.ndarray]]:
-        """Yield regions, and which of the addresses lie there; each has size bytes there."""
+    ) -> Iterator[tuple[_Region, np.ndarray, np.ndarray]]:
+        """Yield regions, which of the addresses lie there, and where in the region's bytes.
+
+        Each address has size bytes there.
+        """
         if (address % size).any():
             i = int(np.argmax(address % size != 0))
             self.fail(site, f"{self.who(here[i])}: {address[i]:#x} is no multiple of {size}")
@@ -334,7 +435,7 @@ class _Batch:
         while len(left):
             low, high = int(address[left].min()), int(address[left].max()) + size
             if region := self.memory.region(low, high):
-                yield region, left
+                yield region, left, address[left] - region.origin
                 return
             region = self.memory.region(low, low + size)
             if region is None:
@@ -343,41 +444,42 @@ class _Batch:
                 self.fail(
                     site, f"{self.who(here[i])}: {size} bytes at {low:#x}; tensors are at {near}"
                 )
-            inside = address[left] + size <= region.end
-            yield region, left[inside]
-            left = left[~inside]
+            inside = left[address[left] + size <= region.end]
+            yield region, inside, address[inside] - region.origin
+            left = left[address[left] + size > region.end]
 
     def touch(
-        self, region: _Region, address: np.ndarray, size: int, here, writes: bool, site: int
+        self, region: _Region, at: np.ndarray, size: int, here: np.ndarray, writes: bool, site: int
     ) -> None:
-        region.trace()
-        if region.reader is None:
+        """Look for another program's touch of these elements; remember this one."""
+        if not region.trace():
             return
-        first = (address - region.start) // region.item
-        cells = (first[:, None] + np.arange(max(1, size // region.item))).ravel()
-        program = np.repeat(self.serial[self.program[here]], max(1, size // region.item))
-        writer = region.writer[cells]
+        many = max(1, size // region.item)
+        elements = (at[:, None] // region.item + np.arange(many)).ravel()
+        program = np.repeat(self.serial[self.program[here]], many)
+        writer, reader = region.writer[elements], region.reader[elements]
         wrong = (writer != NOBODY) & (writer != program)
         if writes:
-            reader = region.reader[cells]
             wrong |= (reader != NOBODY) & (reader != program)
         if wrong.any():
             i = int(np.argmax(wrong))
-            does, reader = "writes" if writes else "reads", region.reader[cells[i]]
+            names = {NOBODY: "none", SEVERAL: "several"}
+            w, r = (names.get(int(v[i]), v[i]) for v in (writer, reader))
+            start = region.origin + int(elements[i]) * region.item
+            does = "writes" if writes else "reads"
             self.fail(
                 site,
-                f"program {program[i]} {does} element {cells[i]} of a tensor at "
-                f"{region.start:#x}, written by {writer[i]}, read by {reader} ({SEVERAL}: several)",
+                f"program {program[i]} {does} element {(start - region.start) // region.item} of a "
+                f"tensor at {region.start:#x}, which was written by program {w}, read by {r}",
             )
         if writes:
-            region.writer[cells] = program
-            if (region.writer[cells] != program).any():
+            region.writer[elements] = program
+            if (region.writer[elements] != program).any():
                 self.fail(site, "two programs write one element")
         else:
-            known = region.reader[cells]
-            region.reader[cells] = program
-            mixed = (known != NOBODY) & (known != program) | (region.reader[cells] != program)
-            region.reader[cells[mixed]] = SEVERAL
+            region.reader[elements] = program
+            mixed = (reader != NOBODY) & (reader != program) | (region.reader[elements] != program)
+            region.reader[elements[mixed]] = SEVERAL
 
     def count_sectors(self, address: np.ndarray, size: int, here: np.ndarray, what: str) -> None:
         if not self.counting or not len(here):
@@ -387,34 +489,45 @@ class _Batch:
         sectors = np.unique((warp << 44) | (address // 32 & ((1 << 44) - 1)))
         self.counts.sectors[what] += len(sectors)
 
-    def load_global(self, address, kind, many, guard, threads, site):
-        here = self.everyone(threads)
+    def load_global(
+        self,
+        address: np.ndarray,
+        kind: type,
+        many: int,
+        guard: np.ndarray | None,
+        threads: Threads,
+        site: int,
+    ) -> list[np.ndarray]:
+        """Return `many` elements that follow each other at each thread's address."""
+        here, live = self.everyone(threads), self.live(guard, threads)
         item = np.dtype(kind).itemsize
         made = np.full((len(here), many), np.iinfo(kind).max, kind)
-        live = np.arange(len(here)) if guard is None else np.flatnonzero(guard)
-        address, size = address[live], item * many
-        for region, which in self.located(address, size, here[live], site):
-            at = address[which]
-            self.touch(region, at, size, here[live][which], False, site)
-            offset = (at - region.start)[:, None] + item * np.arange(many)
-            made[live[which]] = gather(region.bytes, offset, kind)
-        self.count_sectors(address, size, here[live], "load")
+        for region, which, at in self.located(address[live], item * many, here[live], site):
+            self.touch(region, at, item * many, here[live][which], False, site)
+            made[live[which]] = gather(region.bytes, at[:, None] + item * np.arange(many), kind)
+        self.count_sectors(address[live], item * many, here[live], "load")
         return [np.ascontiguousarray(made[:, i]) for i in range(many)]
 
-    def store_global(self, address, values, kind, guard, threads, site):
-        here = self.everyone(threads)
+    def store_global(
+        self,
+        address: np.ndarray,
+        values: list[np.ndarray],
+        kind: type,
+        guard: np.ndarray | None,
+        threads: Threads,
+        site: int,
+    ) -> None:
+        """Write elements after each other at each thread's address."""
+        here, live = self.everyone(threads), self.live(guard, threads)
         item, many = np.dtype(kind).itemsize, len(values)
-        live = np.arange(len(here)) if guard is None else np.flatnonzero(guard)
-        address, size = address[live], item * many
         table = np.stack(values, 1)[live]
-        for region, which in self.located(address, size, here[live], site):
-            at = address[which]
-            self.touch(region, at, size, here[live][which], True, site)
-            offset = (at - region.start)[:, None] + item * np.arange(many)
+        for region, which, at in self.located(address[live], item * many, here[live], site):
+            self.touch(region, at, item * many, here[live][which], True, site)
+            offset = at[:, None] + item * np.arange(many)
             scatter(region.bytes, offset, table[which])
             if (gather(region.bytes, offset, kind) != table[which]).any():
                 self.fail(site, "two threads write different values into one element")
-        self.count_sectors(address, size, here[live], "store")
+        self.count_sectors(address[live], item * many, here[live], "store")
 
     # Shared memory
 
@@ -428,7 +541,7 @@ class _Batch:
         return address + self.program[here] * self.stride
 
     def cells(self, at: np.ndarray, size: int) -> np.ndarray:
-        return (at[:, None] // self.cell + np.arange(max(1, size // self.cell))).ravel()
+        return (at[:, None] // self.cell + np.arange(size // self.cell)).ravel()
 
     def note_shared(
         self,
@@ -438,45 +551,73 @@ class _Batch:
         writes: bool,
         site: int,
         copied: bool = False,
+        adds: bool = False,
     ) -> None:
         """Look for another warp's touch of these bytes since the last barrier; remember this one.
 
         Of what was `copied`, products need no fence: PTX asks for one, but triton 3.6 and others
-        that ship wait and synchronise alone.
+        that ship wait and synchronise alone. Warps that `adds` atomically may meet.
         """
-        many = max(1, size // self.cell)
-        cells = self.cells(at, size)
-        warp = np.repeat(self.warp[here], many)
-        now = np.repeat(self.barriers[self.program[here]], many)
-        for held, why in ((self.arriving, "a copy writes"), (self.multiplied, "a product reads")):
-            if (writes or held is self.arriving) and held[cells].any():
-                i = int(np.argmax(held[cells] != 0))
-                self.fail(
-                    site,
-                    f"warp {warp[i]} {'writes' if writes else 'reads'} shared byte "
-                    f"{cells[i] * self.cell % self.stride}, which {why} until it is waited for",
-                )
-        wrong = (self.wrote_at[cells] == now) & (self.writer[cells] != warp)
-        if writes:
-            wrong |= (self.read_at[cells] == now) & (self.reader[cells] != warp)
-        if wrong.any():
-            i = int(np.argmax(wrong))
-            cell, does = cells[i], "writes" if writes else "reads"
-            self.fail(
-                site,
-                f"warp {warp[i]} {does} shared byte {cell * self.cell % self.stride}, which warp "
-                f"{self.writer[cell]} wrote or {self.reader[cell]} read since the last barrier",
+        cells, many = self.cells(at, size), size // self.cell
+        program = self.program[here]
+        now = np.repeat(self.barriers[program] * WARPS, many)
+        mine = now + (ADDING if adds else np.repeat(self.warp[here], many))
+        held = self.arriving[cells] if self.copies else np.False_
+        if held.any():
+            self.fail_shared(
+                site, mine, cells, held, writes, "which a copy that is not waited for writes"
             )
+        held = self.multiplied[at // 16] if self.products and writes else np.False_
+        if held.any():
+            self.fail_shared(
+                site,
+                mine,
+                cells,
+                np.repeat(held, many),
+                writes,
+                "which a product that is not waited for reads",
+            )
+        wrote, read = self.wrote[cells], self.read[cells]
+        for touched, did, wrong in (
+            (wrote, "wrote", (wrote >= now) & (wrote != mine)),
+            (read, "read", (read >= now) & (read != mine) & writes),
+        ):
+            if wrong.any():
+                warp = int(touched[np.argmax(wrong)] % WARPS)
+                who = {MANY: "several warps", ADDING: "additions"}.get(
+                    warp, f"warp {self.local(warp)}"
+                )
+                self.fail_shared(
+                    site, mine, cells, wrong, writes, f"which {who} {did} since the last barrier"
+                )
         if writes:
-            self.wrote_at[cells], self.writer[cells] = now, warp
-            fences = np.repeat(self.fences[self.program[here]], many)
-            self.unfenced[cells] = np.where(copied, -1, fences)
-            self.writer[cells[self.writer[cells] != warp]] = SEVERAL  # the same value, or it failed
+            self.wrote[cells] = mine
+            several = self.wrote[cells] != mine
+            self.wrote[cells[several]] = now[several] + MANY
+            self.unfenced[cells] = -1 if copied else np.repeat(self.fences[program], many)
         else:
-            before = np.where(self.read_at[cells] == now, self.reader[cells], warp)
-            self.read_at[cells], self.reader[cells] = now, warp
-            mixed = (before != warp) | (self.reader[cells] != warp)
-            self.reader[cells[mixed]] = SEVERAL
+            self.read[cells] = mine
+            several = (read >= now) & (read != mine) | (self.read[cells] != mine)
+            self.read[cells[several]] = now[several] + MANY
+
+    def local(self, warp: int) -> int:
+        """Return a warp's number in its program."""
+        return warp % (self.kernel.threads // WARP)
+
+    def fail_shared(
+        self,
+        site: int,
+        mine: np.ndarray,
+        cells: np.ndarray,
+        wrong: np.ndarray,
+        writes: bool,
+        why: str,
+    ) -> None:
+        i = int(np.argmax(wrong))
+        warp = int(mine[i] % WARPS)
+        who = "an addition" if warp == ADDING else f"warp {self.local(warp)}"
+        byte = cells[i] * self.cell % self.stride
+        self.fail(site, f"{who} {'writes' if writes else 'reads'} shared byte {byte}, {why}")
 
     def count_wavefronts(self, at: np.ndarray, size: int, here: np.ndarray, what: str) -> None:
         """Count turns: a turn serves one word of each of 32 banks, to whoever wants it."""
@@ -484,22 +625,26 @@ class _Batch:
             return
         words = at[:, None] // 4 + np.arange(max(1, size // 4))
         # 8 bytes a thread are served half a warp at a time, 16 a quarter
-        part = (here % WARP) // max(1, WARP * 4 // max(size, 4))
+        part = here % WARP // (WARP * 4 // max(size, 4))
         turn = (self.warp[here] * 4 + part).astype(np.int64)
-        pairs = np.unique((turn[:, None] << 32) | words)
-        banks = np.unique(pairs >> 32 << 5 | (pairs & 31), return_counts=True)
-        longest: dict = {}
-        turns = banks[0] >> 5
-        order = np.argsort(turns, kind="stable")
-        edges = np.flatnonzero(np.diff(turns[order], prepend=-1))
-        longest = np.maximum.reduceat(banks[1][order], edges)
+        wanted = np.unique(turn[:, None] << 32 | words)
+        banks, many = np.unique(wanted >> 32 << 5 | wanted & 31, return_counts=True)
+        first = np.flatnonzero(np.diff(banks >> 5, prepend=-1))
         self.counts.requests[f"shared {what}"] += len(np.unique(self.warp[here]))
-        self.counts.wavefronts[what] += int(longest.sum())
+        self.counts.wavefronts[what] += int(np.maximum.reduceat(many, first).sum())
 
-    def load_shared(self, address, kind, many, guard, threads, site):
-        here = self.everyone(threads)
+    def load_shared(
+        self,
+        address: np.ndarray,
+        kind: type,
+        many: int,
+        guard: np.ndarray | None,
+        threads: Threads,
+        site: int,
+    ) -> list[np.ndarray]:
+        """Return `many` elements that follow each other at each thread's address."""
+        here, live = self.everyone(threads), self.live(guard, threads)
         item = np.dtype(kind).itemsize
-        live = np.arange(len(here)) if guard is None else np.flatnonzero(guard)
         at = self.at(address[live], item * many, here[live], site)
         self.note_shared(at, item * many, here[live], False, site)
         self.count_wavefronts(at, item * many, here[live], "load")
@@ -507,88 +652,83 @@ class _Batch:
         made[live] = gather(self.shared, at[:, None] + item * np.arange(many), kind)
         return [np.ascontiguousarray(made[:, i]) for i in range(many)]
 
-    def store_shared(self, address, values, kind, guard, threads, site):
-        here = self.everyone(threads)
+    def store_shared(
+        self,
+        address: np.ndarray,
+        values: list[np.ndarray],
+        kind: type,
+        guard: np.ndarray | None,
+        threads: Threads,
+        site: int,
+    ) -> None:
+        """Write elements after each other at each thread's address."""
+        here, live = self.everyone(threads), self.live(guard, threads)
         item, many = np.dtype(kind).itemsize, len(values)
-        live = np.arange(len(here)) if guard is None else np.flatnonzero(guard)
-        at = self.at(address[live], item * many, here[live], site)
+        at, warp = self.at(address[live], item * many, here[live], site), self.warp[here[live]]
         self.note_shared(at, item * many, here[live], True, site)
         self.count_wavefronts(at, item * many, here[live], "store")
         offset, table = at[:, None] + item * np.arange(many), np.stack(values, 1)[live]
         scatter(self.shared, offset, table)
-        if (gather(self.shared, offset, kind) != table).any():
-            self.fail(site, "two threads write different values into one shared byte")
+        for i in np.flatnonzero((gather(self.shared, offset, kind) != table).any(1)):
+            # a warp's own threads may differ in a last bit: one of them wins
+            others = (at < at[i] + item * many) & (at + item * many > at[i])
+            if (warp[others] != warp[i]).any():
+                self.fail(site, "two warps write different values into one shared byte")
+
+    def add_shared(
+        self,
+        address: np.ndarray,
+        value: np.ndarray,
+        guard: np.ndarray | None,
+        threads: Threads,
+        site: int,
+    ) -> np.ndarray:
+        """Add atomically; return what was there before, the same for threads that meet."""
+        here, live = self.everyone(threads), self.live(guard, threads)
+        at = self.at(address[live], 4, here[live], site)
+        self.note_shared(at, 4, here[live], True, site, adds=True)
+        self.count_wavefronts(at, 4, here[live], "store")
+        memory = self.shared.view(np.uint32)
+        made = np.zeros(len(here), np.uint32)
+        made[live] = memory[at // 4]
+        np.add.at(memory, at // 4, value[live])
+        return made
 
     # Asynchronous copies, from global into shared memory
 
-    def copy(self, to, of, size, read, guard, threads, site):
+    def copy(
+        self,
+        to: np.ndarray,
+        of: np.ndarray,
+        size: int,
+        read: np.ndarray,
+        guard: np.ndarray | None,
+        threads: Threads,
+        site: int,
+    ) -> None:
         """Begin a copy of size bytes, of which `read` are read and the others zero."""
-        here = self.everyone(threads)
-        live = np.arange(len(here)) if guard is None else np.flatnonzero(guard)
-        read = np.broadcast_to(read, len(here))[live]
+        here, live = self.everyone(threads), self.live(guard, threads)
+        read, here = np.broadcast_to(read, len(here))[live], here[live]
         if ((read != 0) & (read != size)).any():
             self.fail(site, f"want copies of {size} bytes, or of none")
-        at = self.at(to[live], size, here[live], site)
+        at = self.at(to[live], size, here, site)
         data = np.zeros((len(live), size), np.uint8)
         some = np.flatnonzero(read)
-        for region, which in self.located(of[live][some], size, here[live][some], site):
-            address = of[live][some][which]
-            self.touch(region, address, size, here[live][some][which], False, site)
-            data[some[which]] = gather(
-                region.bytes, (address - region.start)[:, None] + np.arange(size), np.uint8
-            )
-        self.count_sectors(of[live][some], size, here[live][some], "load")
-        self.note_shared(at, size, here[live], True, site, copied=True)
+        for region, which, there in self.located(of[live][some], size, here[some], site):
+            self.touch(region, there, size, here[some[which]], False, site)
+            data[some[which]] = region.bytes[there[:, None] + np.arange(size)]
+        self.count_sectors(of[live][some], size, here[some], "load")
+        self.note_shared(at, size, here, True, site, copied=True)
         self.shared[at[:, None] + np.arange(size)] = 0xFF  # until somebody waits for it
-        np.add.at(self.arriving, self.cells(at, size), 1)
-        self.open_copies.append((at, data, here[live], size, site))
+        self.arriving[self.cells(at, size)] = True
+        self.copies.begun.append(_Transfer(at, size, here, site, data))
 
-    # All threads of a batch commit and wait as one: a group is of the threads that committed it.
-
-    def commit_copies(self, threads):
-        here = self.everyone(threads)
-        mine = [c for c in self.open_copies if np.isin(c[2], here).all()]
-        self.open_copies = [c for c in self.open_copies if not np.isin(c[2], here).all()]
-        self.groups_of_copies.append((here, mine))
-
-    def wait_copies(self, left, threads):
-        self.groups_of_copies = self._waited(
-            self.groups_of_copies, left, self.everyone(threads), self.land
-        )
-
-    def land(self, copy, which) -> None:
-        at, data, here, size, site = copy
-        np.add.at(self.arriving, self.cells(at[which], size), -1)
-        self.note_shared(at[which], size, here[which], True, site, copied=True)
-        self.count_wavefronts(at[which], size, here[which], "store")
-        self.shared[at[which][:, None] + np.arange(size)] = data[which]
-
-    def _waited(self, groups: list, left: int, here: np.ndarray, finish: Callable) -> list:
-        """Finish, for the threads here, all but the `left` last groups they committed."""
-        pending = np.zeros(self.size, np.int64)
-        kept = []
-        for members, items in reversed(groups):
-            pending[members] += 1
-            due = np.zeros(self.size, bool)
-            due[here] = pending[here] > left
-            rest = []
-            for item in items:
-                which = due[item[2]]
-                if which.any():
-                    finish(item, which)
-                if not which.all():
-                    rest.append(
-                        tuple(
-                            part[~which] if isinstance(part, np.ndarray) else part for part in item
-                        )
-                    )
-            members = members[~due[members]]
-            if len(members):
-                kept.append((members, rest))
-        return kept[::-1]
-
-    def fence(self, threads):
-        self.fences[np.unique(self.program[self.everyone(threads)])] += 1
+    def land(self, copy: _Transfer) -> None:
+        """Write what a copy has read, once it is waited for."""
+        self.arriving[self.cells(copy.at, copy.size)] = False
+        self.note_shared(copy.at, copy.size, copy.threads, True, copy.site, copied=True)
+        self.count_wavefronts(copy.at, copy.size, copy.threads, "store")
+        self.shared[copy.at[:, None] + np.arange(copy.size)] = copy.data
 
     # A warp's threads together
 
@@ -612,6 +752,19 @@ class _Batch:
             valid = of <= most
         of = np.where(valid, of, lane)
         return np.take_along_axis(a, of, 1).ravel(), valid.ravel()
+
+    def vote(self, mode, held, threads, site):
+        here = self.whole(WARP, threads, site)
+        held = np.broadcast_to(held, len(here)).reshape(-1, WARP)
+        if mode == "ballot":
+            made = (
+                (held.astype(np.uint64) << np.arange(WARP, dtype=np.uint64))
+                .sum(1)
+                .astype(np.uint32)
+            )
+        else:
+            made = {"any": held.any(1), "all": held.all(1)}[mode]
+        return np.repeat(made, WARP)
 
     def rows_of_matrices(self, address, many, here, site):
         """Return places of the 8 rows, of 16 bytes, of each warp's matrices: [warps, many, 8]."""
@@ -690,77 +843,63 @@ class _Batch:
             np.where(kept, m + s, m).astype(np.float32) for m, s in zip(made, sums, strict=True)
         ]
 
-    def operand(self, descriptor, rows, k, kind, transposed, leaders, site):
+    def operand(
+        self,
+        descriptor: np.ndarray,
+        rows: int,
+        k: int,
+        kind: str,
+        transposed: int,
+        leaders: np.ndarray,
+        site: int,
+    ) -> np.ndarray:
         """Return [groups, rows, k] of shared memory, laid out as a descriptor says.
 
-        In units of 16 bytes: K-major has rows of 8 after each other, pieces along k beside each
-        other; M-major (transposed) the other way round. A swizzle exchanges those units inside 8
-        rows (PTX manual 9.7.15.5).
+        Units of 16 bytes lie along k, or along the rows if transposed: 1, 2, 4 or 8 beside each
+        other, in lines of which 8 follow each other. A swizzle exchanges units inside those 8 lines
+        (PTX manual 9.7.15.5).
         """
         item = 4 if kind == "tf32" else 2
         unit = 16 // item
         d = descriptor.astype(np.int64)
-        start, lead, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
+        start, lead, stride = ((d >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+        start, lead, stride = (v[:, None, None] for v in (start, lead, stride))
         modes = np.unique(d >> 62 & 3)
-        if len(modes) != 1 or (d >> 49 & 7).any():
-            self.fail(site, "a descriptor that is not known here")
-        bits = {0: 0, 1: 3, 2: 2, 3: 1}[int(modes[0])]
-        wide = 1 << bits  # units of a swizzled row
-        r, c = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")
-        lead, stride, start = (v[:, None, None] for v in (lead, stride, start))
-        if not transposed:
-            piece = c // unit
-            along = piece * lead if bits == 0 else 16 * piece
-            offset = (r % 8) * 16 * wide + (r // 8) * stride + along + (c % unit) * item
-        elif item == 4:
-            self.fail(site, "a transposed operand of 4 bytes")
-        elif bits == 0:
-            offset = (r // unit) * stride + (c % 8) * 16 + (c // 8) * lead + (r % unit) * item
+        if len(modes) != 1 or (d >> 49 & 7).any() or (transposed and item == 4):
+            self.fail(site, "an operand in shared memory of a layout that is not known here")
+        wide = {0: 1, 1: 8, 2: 4, 3: 2}[int(modes[0])]  # units of a line
+        if transposed:
+            piece, c = np.ogrid[: rows // unit, :k]
+            to_8, to_wide = (lead, stride) if wide == 1 else (stride, lead)
+            offset = c % 8 * 16 * wide + c // 8 * to_8 + piece % wide * 16 + piece // wide * to_wide
         else:
-            piece = r // unit
-            inside = (piece % wide) * 16 + (c % 8) * 16 * wide + (r % unit) * item
-            offset = inside + (piece // wide) * lead + (c // 8) * stride
+            r, piece = np.ogrid[:rows, : k // unit]
+            offset = r % 8 * 16 * wide + r // 8 * stride + piece * (lead if wide == 1 else 16)
         address = start + offset
         address ^= (address >> 7 & (wide - 1)) << 4
-        owners = np.repeat(leaders, rows * k)
-        at = self.at(address.reshape(-1), item, owners, site)
-        cells = at // self.cell
-        if (self.unfenced[cells] >= self.fences[self.program[owners]]).any():
+        owners = np.repeat(leaders, address[0].size)
+        at = self.at(address.ravel(), 16, owners, site)
+        fences = np.repeat(self.fences[self.program[owners]], 16 // self.cell)
+        if (self.unfenced[self.cells(at, 16)] >= fences).any():
             self.fail(site, "a product reads shared memory that no fence has made visible to it")
-        self.note_shared(at, item, owners, False, site)
-        np.add.at(self.multiplied, cells, 1)
-        self.open_products.append((at, item, owners, site))
-        values = gather(self.shared, at[:, None], np.uint32 if item == 4 else np.uint16)
+        self.note_shared(at, 16, owners, False, site)
+        np.add.at(self.multiplied, at // 16, 1)
+        self.products.begun.append(_Transfer(at, 16, owners, site))
+        bits = np.uint32 if item == 4 else np.uint16
+        values = gather(self.shared, at[:, None] + item * np.arange(unit), bits)
         made = truncated(values) if item == 4 else ptx.widened(values, kind)
+        if transposed:
+            made = made.reshape(-1, rows // unit, k, unit).swapaxes(2, 3)
         return made.reshape(-1, rows, k)
 
-    def commit_products(self, threads):
-        here = self.everyone(threads)
-        mine = [p for p in self.open_products if np.isin(p[2], here).all()]
-        self.open_products = [p for p in self.open_products if not np.isin(p[2], here).all()]
-        self.groups_of_products.append((here, mine))
+    def wait_products(self, left: int, threads: Threads, site: int) -> None:
+        self.whole(GROUP, threads, site)
+        self.products.wait(left, threads)
 
-    def wait_products(self, left, threads, site):
-        """Operands in shared memory are read until here."""
-        here = self.whole(GROUP, threads, site)
-        self.groups_of_products = self._waited(self.groups_of_products, left, here, self.finish)
-
-    def finish(self, product, which) -> None:
-        at, item, owners, site = product
-        np.add.at(self.multiplied, at[which] // self.cell, -1)
-        self.note_shared(at[which], item, owners[which], False, site)
-
-
-def kernel_width(kernel: ptx.Kernel) -> int:
-    """Return the bytes of the narrowest access that a kernel makes to shared memory."""
-    widths = [4]
-    for block in kernel.blocks:
-        for made in block.instructions:
-            if made.parts[0] in ("ld", "st") and made.has("shared", "shared:cta"):
-                widths.append(int(ptx.TYPES[made.parts[-1]][1]))
-            elif made.parts[0] == "wgmma" and made.has("mma_async"):
-                widths.append(4 if made.has("tf32") else 2)
-    return min(widths)
+    def release(self, product: _Transfer) -> None:
+        """Let an operand in shared memory be written again: it was read until here."""
+        np.add.at(self.multiplied, product.at // 16, -1)
+        self.note_shared(product.at, 16, product.threads, False, product.site)
 
 
 def gather(memory: np.ndarray, offset: np.ndarray, kind: type) -> np.ndarray:

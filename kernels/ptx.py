@@ -12,9 +12,11 @@ that the text keeps apart, as ptxas may.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 
@@ -54,6 +56,11 @@ class Block:
     target: int | None = None  # the block that its branch leads to; None: it leaves the kernel
     ends: str = "falls"  # "falls" into the next, "jumps" always, "forks" by a predicate, "exits"
 
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each opcode occurs."""
+        return Counter(".".join(made.parts) for made in self.instructions)
+
 
 @dataclass
 class Kernel:
@@ -64,18 +71,55 @@ class Kernel:
     blocks: list[Block]
     registers: dict[str, str]
     threads: int
+    functions: dict[tuple[int, bool], Callable] = field(default_factory=dict, repr=False)
 
     @cached_property
     def numbers(self) -> dict[str, int]:
         """The places of registers in R."""
         return {name: i for i, name in enumerate(self.registers)}
 
+    @cached_property
+    def joins(self) -> list[set[int]]:
+        """For each block those that every path from it comes to, itself among them."""
+        last = len(self.blocks)
+        after = []
+        for i, block in enumerate(self.blocks):
+            falls = [i + 1] if block.ends in ("falls", "forks") else []
+            after.append(falls + ([block.target] if block.target is not None else []))
+        found = [set(range(last)) if after[i] else {i} for i in range(last)]
+        changed = True
+        while changed:
+            changed = False
+            for i in reversed(range(last)):
+                if after[i]:
+                    made = {i} | set.intersection(*(found[j] for j in after[i]))
+                    changed |= made != found[i]
+                    found[i] = made
+        return found
+
+    def first(self, waiting: Collection[int]) -> int:
+        """Return which of these blocks runs next: one that no other's threads will come to."""
+        if len(waiting) == 1:
+            return next(iter(waiting))
+        return min(b for b in waiting if not any(b in self.joins[w] for w in waiting if w != b))
+
     def function(self, block: int, partly: bool) -> Callable:
         """Return the function of a basic block, for all threads or for those of I alone."""
-        known = self.__dict__.setdefault("_functions", {})
-        if (block, partly) not in known:
-            known[block, partly] = _Translator(self, partly).function(self.blocks[block])
-        return known[block, partly]
+        if (block, partly) not in self.functions:
+            made = _Translator(self, partly).function(self.blocks[block])
+            self.functions[block, partly] = made
+        return self.functions[block, partly]
+
+    @cached_property
+    def narrowest(self) -> int:
+        """The bytes of the narrowest access to shared memory: at most 4."""
+        widths = [
+            int(TYPES[made.parts[-1]][1])
+            for block in self.blocks
+            for made in block.instructions
+            if made.parts[0] in ("ld", "st") and made.has("shared", "shared:cta")
+        ]
+        return min([4, *widths])
 
 
 def parse(text: str) -> Kernel:
@@ -274,20 +318,28 @@ class _Translator:
         if base in _BINARY or base in _UNARY:
             handler = self.arithmetic
         if handler is None:
-            raise NotImplementedError(f"instruction {made.text!r} ({made.place})")
-        handler(made)
+            self.refuse()
+        if made.has("sat", "satfinite", "relu", "xorsign", "cc"):
+            self.refuse()
+        try:
+            handler(made)
+        except KeyError as unknown:  # a type, a form, or a register of one
+            raise NotImplementedError(f"{unknown} of {made.text!r} ({made.place})") from None
+
+    def refuse(self) -> NoReturn:
+        raise NotImplementedError(f"instruction {self.made.text!r} ({self.made.place})")
 
     def arithmetic(self, made: Instruction) -> None:
         kind, name = made.parts[-1], made.parts[0]
         target, *operands = made.operands
+        if name in ("max", "min") and made.has("NaN"):
+            name += "_nan"
         if kind in ("bf16x2", "f16x2", "bf16", "f16"):
             values = ", ".join(self.value(o, TYPES[kind].replace("f", "u")) for o in operands)
             self.assign(
                 target, f"packed({name!r}, {kind!r}, {values})", TYPES[kind].replace("f", "u")
             )
             return
-        if name in ("max", "min") and made.has("NaN"):
-            name += "_nan"
         code = TYPES[kind]
         form = (_BINARY | _UNARY)[name]
         if isinstance(form, dict):
@@ -303,9 +355,10 @@ class _Translator:
 
     def product(self, made: Instruction, addend: str | None) -> None:
         target, a, b = made.operands[:3]
-        kind = TYPES.get(made.parts[-1], "")
-        if kind[0] == "f" or made.parts[-1].endswith("x2"):
-            self.arithmetic(Instruction(["times", *made.parts[1:]], *self.rest(made)))
+        kind = TYPES[made.parts[-1]]
+        if kind[0] == "f" or "f16" in made.parts[-1]:
+            name = "times" if addend is None else "fma"
+            self.arithmetic(replace(made, parts=[name, *made.parts[1:]]))
             return
         wide = f"{kind[0]}{2 * int(kind[1])}"
         text = f"{self.value(a, kind)} * {self.value(b, kind)}"
@@ -314,15 +367,12 @@ class _Translator:
             kind = wide
         elif made.has("hi"):
             if kind[1] == "8":
-                raise NotImplementedError(f"instruction {made.text!r}")
+                self.refuse()
             both = f"{self.value(a, kind)}.astype({wide}) * {self.value(b, kind)}"
             text = f"(({both}) >> {8 * int(kind[1])}).astype({kind})"
         if addend is not None:
             text = f"{text} + {self.value(addend, kind)}"
         self.assign(target, text, kind)
-
-    def rest(self, made: Instruction) -> tuple:
-        return made.operands, made.guard, made.place, made.text
 
     def do_mov(self, made: Instruction) -> None:
         target, source = made.operands
@@ -394,14 +444,18 @@ class _Translator:
         target, a, start, length = made.operands
         kind = TYPES[made.parts[-1]]
         bits = 8 * int(kind[1])
+        if start in self.kernel.registers or length in self.kernel.registers:
+            self.refuse()
         start, length = int(start, 0), int(length, 0)
         if not 0 < length <= bits - start:
-            raise NotImplementedError(f"instruction {made.text!r}")
+            self.refuse()
         up = f"({self.value(a, kind)} << {kind}({bits - start - length}))"
         self.assign(target, f"{up} >> {kind}({bits - length})", kind)
 
     def do_prmt(self, made: Instruction) -> None:
         target, a, b, selector = made.operands
+        if made.parts != ["prmt", "b32"]:
+            self.refuse()
         values = ", ".join(self.value(o, "u4") for o in (a, b, selector))
         self.assign(target, f"permuted({values})", "u4")
 
@@ -420,15 +474,15 @@ class _Translator:
             high, low = (f"rounded({self.value(s, 'f4')}, {to[:-2]!r})" for s in sources)
             self.assign(target, f"({high}.astype(u4) << 16) | {low}", "u4")
             return
-        if made.has("sat") or rounding == "rz":
-            raise NotImplementedError(f"instruction {made.text!r}")
+        if rounding == "rz":
+            self.refuse()
         kind = TYPES[of]
         source = self.value(sources[0], kind)
         if of == "bf16":
             source, kind = f"({source}.astype(u4) << 16).view(f4)", "f4"
         if to in ("bf16", "f16", "tf32"):
             if kind != "f4":
-                raise NotImplementedError(f"instruction {made.text!r}")
+                self.refuse()
             self.assign(target, f"rounded({source}, {to!r})", "f4" if to == "tf32" else "u2")
             return
         into = TYPES[to]
@@ -465,7 +519,7 @@ class _Translator:
         kind = "u" + TYPES[made.parts[-1]][1]
         space = "shared" if made.has("shared", "shared:cta") else "global"
         guard = self.guard(made.guard) if made.guard else "None"
-        values = ", ".join(self.value(name, kind) for name in self.names(source))
+        values = ", ".join(f"S.filled({self.value(name, kind)}, I)" for name in self.names(source))
         self.lines.append(
             f"S.store_{space}({self.address(target)}, [{values}], {kind}, {guard}, I, {self.site})"
         )
@@ -473,38 +527,62 @@ class _Translator:
     def do_cp(self, made: Instruction) -> None:
         guard = self.guard(made.guard) if made.guard else "None"
         if made.has("commit_group"):
-            self.lines.append("S.commit_copies(I)")
-        elif made.has("wait_group", "wait_all"):
-            count = int(made.operands[0]) if made.has("wait_group") else 0
-            self.lines.append(f"S.wait_copies({count}, I)")
+            self.lines.append("S.copies.commit(I)")
+        elif made.has("wait_group"):
+            self.lines.append(f"S.copies.wait({int(made.operands[0])}, I)")
+        elif made.has("wait_all"):
+            self.lines += ["S.copies.commit(I)", "S.copies.wait(0, I)"]
         elif made.parts[:2] == ["cp", "async"] and made.parts[2] in ("ca", "cg"):
             to, of, size, *read = made.operands
             read = self.value(read[0], "u4") if read else f"u4({size})"
             places = f"{self.address(to)}, {self.address(of)}"
             self.lines.append(f"S.copy({places}, {int(size, 0)}, {read}, {guard}, I, {self.site})")
         else:
-            raise NotImplementedError(f"instruction {made.text!r}")
+            self.refuse()
+
+    def do_atom(self, made: Instruction) -> None:
+        target, address, value = made.operands
+        if made.parts[1:] != ["shared", "add", "u32"]:
+            self.refuse()
+        guard = self.guard(made.guard) if made.guard else "None"
+        value = f"S.filled({self.value(value, 'u4')}, I)"
+        self.lines.append(
+            f"T = S.add_shared({self.address(address)}, {value}, {guard}, I, {self.site})"
+        )
+        self.assign(target, "T", "u4")
 
     def do_bar(self, made: Instruction) -> None:
         if made.has("warp"):
             self.lines.append(f"S.whole(32, I, {self.site})")
-        elif made.parts == ["bar", "sync"]:
+        elif made.parts == ["bar", "sync"] and made.operands == ["0"]:
             self.lines.append(f"S.barrier(I, {self.site})")
         else:
-            raise NotImplementedError(f"instruction {made.text!r}")
+            self.refuse()
 
     def do_fence(self, made: Instruction) -> None:
         if made.has("proxy"):
-            self.lines.append("S.fence(I)")
+            self.lines.append(f"S.fence(I, {self.site})")
 
     def do_shfl(self, made: Instruction) -> None:
-        target, a, by, clamp, _ = made.operands
+        target, a, by, clamp, members = made.operands
+        if members not in ("-1", "0xffffffff"):  # whoever is named has to be here
+            self.refuse()
         values = ", ".join(self.value(o, "u4") for o in (a, by, clamp))
         self.lines.append(f"T, P = S.shuffle({made.parts[2]!r}, {values}, I, {self.site})")
         target, _, valid = target.partition("|")
         self.assign(target, "T", "u4")
         if valid:
             self.assign(valid, "P", "b1")
+
+    def do_vote(self, made: Instruction) -> None:
+        target, held, members = made.operands
+        if members not in ("-1", "0xffffffff"):
+            self.refuse()
+        kind = "u4" if made.has("ballot") else "b1"
+        self.lines.append(
+            f"T = S.vote({made.parts[2]!r}, {self.value(held, 'b1')}, I, {self.site})"
+        )
+        self.assign(target, "T", kind)
 
     def do_ldmatrix(self, made: Instruction) -> None:
         names = self.names(made.operands[0])
@@ -528,7 +606,7 @@ class _Translator:
         kinds = made.parts[-4:]
         a, b, c = (", ".join(self.value(name, "u4") for name in s) for s in sources)
         if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
-            raise NotImplementedError(f"instruction {made.text!r}")
+            self.refuse()
         self.lines.append(
             f"T = S.mma({shape!r}, {kinds[1]!r}, [{a}], [{b}], [{c}], I, {self.site})"
         )
@@ -539,7 +617,7 @@ class _Translator:
         if made.has("fence"):
             self.lines.append(f"S.whole(128, I, {self.site})")
         elif made.has("commit_group"):
-            self.lines.append("S.commit_products(I)")
+            self.lines.append("S.products.commit(I)")
         elif made.has("wait_group"):
             self.lines.append(f"S.wait_products({int(made.operands[0])}, I, {self.site})")
         else:
@@ -550,7 +628,7 @@ class _Translator:
         shape = next(p for p in made.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
         kinds = made.parts[-3:]
         if kinds[0] != "f32" or kinds[1] != kinds[2] or [int(s) for s in signs[:2]] != [1, 1]:
-            raise NotImplementedError(f"instruction {made.text!r}")
+            self.refuse()
         order = [int(s) for s in signs[2:]]
         if a.startswith("{"):
             left = "[" + ", ".join(self.value(name, "u4") for name in self.names(a)) + "]"
@@ -583,7 +661,9 @@ _BINARY = {
 _UNARY = {
     "neg": "-{a}", "abs": "np.abs({a})", "not": "~{a}", "sqrt": "np.sqrt({a})",
     "rsqrt": "{t}(1) / np.sqrt({a})", "rcp": "{t}(1) / {a}",
-    "ex2": "np.exp2({a})", "lg2": "np.log2({a})", "tanh": "np.tanh({a})",
+    "ex2": "np.exp2({a}.astype(f8)).astype({t})", "lg2": "np.log2({a}.astype(f8)).astype({t})",
+    "tanh": "np.tanh({a}.astype(f8)).astype({t})",
+    "popc": "np.bitwise_count({a}).astype(u4)",
 }  # fmt: skip
 _COMPARED = {
     "eq": "{a} == {b}", "ne": "{a} != {b}",
@@ -682,30 +762,33 @@ def widened(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def to_integer(x: np.ndarray, rounding: str, into: type) -> np.ndarray:
-    """Return floats as integers, held at the ends of their range; NaN becomes zero."""
+    """Return floats as integers, held at the ends of their range.
+
+    NaN becomes zero, or the highest bit alone where 64 bits are read or written.
+    """
     whole = getattr(np, _TO_INTEGRAL[rounding].removeprefix("np."))(x.astype(np.float64))
     ends = np.iinfo(into)
     top = np.nextafter(np.float64(ends.max), 0) if ends.bits == 64 else np.float64(ends.max)
     made = np.clip(np.nan_to_num(whole, nan=0.0), np.float64(ends.min), top).astype(into)
-    return np.where(whole >= np.float64(ends.max), into(ends.max), made)
+    made = np.where(whole >= np.float64(ends.max), into(ends.max), made)
+    if ends.bits == 64 or x.dtype == np.float64:
+        made = np.where(np.isnan(x), into(ends.min or 1 << ends.bits - 1), made)
+    return made
 
 
 def packed(name: str, kind: str, *operands: np.ndarray) -> np.ndarray:
     """Return one or two 16-bit floats a register, added, subtracted, multiplied or compared."""
     half = kind.removesuffix("x2")
     parts = [
-        [
-            widened((o >> o.dtype.type(16 * i)).astype(np.uint16), half).astype(np.float64)
-            for o in operands
-        ]
+        [widened((o >> o.dtype.type(16 * i)).astype(np.uint16), half) for o in operands]
         for i in range(2 if kind.endswith("x2") else 1)
     ]
+    # float32 has more than twice their bits, and two, so rounding twice is rounding once
     form = {
-        "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "times": lambda a, b: a * b,
-        "fma": lambda a, b, c: a * b + c, "neg": lambda a: -a, "abs": np.abs,
-        "min": np.fmin, "max": np.fmax,
+        "add": np.add, "sub": np.subtract, "times": np.multiply, "fma": fused, "neg": np.negative,
+        "abs": np.abs, "min": np.fmin, "max": np.fmax, "min_nan": np.minimum, "max_nan": np.maximum,
     }[name]  # fmt: skip
-    made = [rounded(form(*p).astype(np.float32), half) for p in parts]
+    made = [rounded(form(*p), half) for p in parts]
     return made[0] if len(made) == 1 else made[0] | (made[1].astype(np.uint32) << np.uint32(16))
 
 
