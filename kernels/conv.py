@@ -50,7 +50,7 @@ import triton.language as tl
 
 from ._tune import autotune
 from .aot import Variant
-from .fuse import load_activated, load_norm, load_z
+from .fuse import load_activated, load_norm, load_z, shared_use
 
 PROGRAMS = 1024  # a few for each of a device's 100 to 300 processors
 TILE = 128  # pixels of a tile, by which ranges are measured; a configuration's may differ
@@ -491,6 +491,8 @@ def conv2d_fwd_rows_kernel(
             )  # fmt: skip
             z = tl.where(mask_x, z, 0.0).to(x_ptr.dtype.element_ty)
         if keep_ptr is not None:
+            if PLAIN:
+                z = shared_use(z)
             own = (h >= p0) & (h < p0 + height) & (k0 == 0)  # rows beyond are other strips'
             tl.store(keep_ptr + offs_x, z, mask=mask_own & own)
             keep_ptr += W * C

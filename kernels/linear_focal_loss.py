@@ -45,7 +45,7 @@ from .focal_loss import (
     tiles_of,
     values,
 )
-from .fuse import activate, activate_backward, load_norm
+from .fuse import activate, activate_backward, load_norm, nearest_tf32
 
 CONFIGS = [  # the first must fit every supported device: tests and the interpreter pin it
     triton.Config({"ELEMENTS": 1024}, num_warps=4),
@@ -229,9 +229,12 @@ def linear_focal_loss_backward_kernel(
             C, POWER, SMOOTH, DETACH,
         )  # fmt: skip
         if WEIGHT:
+            db += tl.sum(d, 0)
+        if PRODUCTS == "tf32":
+            d = nearest_tf32(d)
+        if WEIGHT:
             z = tl.where(counts[:, None], z.to(tl.float32), 0.0)  # an ignored pixel may hold NaN
             dw = tl.dot(tl.trans(d), z, dw, input_precision=PRODUCTS)
-            db += tl.sum(d, 0)
         if g_ptr is not None:
             dz = tl.dot(d, w.to(tl.float32), input_precision=PRODUCTS)
             g = tl.where(counts[:, None], activate_backward(dz, pre, ACT, SLOPE), 0.0)

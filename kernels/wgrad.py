@@ -46,7 +46,7 @@ import triton.language as tl
 
 from ._tune import autotune
 from .aot import Variant
-from .fuse import load_activated, load_coefficients, load_dy, load_norm, load_z
+from .fuse import load_activated, load_coefficients, load_dy, load_norm, load_z, shared_use
 
 CHAIN = 1 << 14  # pixels that one sum adds up; 1,024 additions of a tensor core's 16 products
 FAN_IN = 32  # rows that one program of the tree adds
@@ -241,6 +241,8 @@ def conv2d_wgrad_kernel(
             z = tl.where(mask_x, z, 0.0).to(x_ptr.dtype.element_ty)
 
         if db_ptr is not None:
+            if not COEF:
+                dy = shared_use(dy)
             acc_b += tl.sum(dy.to(tl.float32), 0)
         if WIDEN:
             z = z.to(tl.float32)
