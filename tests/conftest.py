@@ -91,14 +91,10 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _emulated_if_asked(pytestconfig):
-    if not (target := pytestconfig.getoption("--emulate")):
-        yield
-        return
-    from unittest.mock import patch
+def pytest_configure(config):
+    """Emulate what the interpreter would run, if asked: before test files import its name."""
+    if target := config.getoption("--emulate"):
+        from fullres.kernels import _tune
+        from fullres.kernels.emulator import emulated
 
-    from fullres.kernels.emulator import emulated
-
-    with patch("fullres.kernels._tune.interpreted", lambda: emulated(target)):
-        yield
+        _tune.interpreted = lambda: emulated(target)
