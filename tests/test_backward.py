@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,8 @@ def beside(name):
     """Return a test file of this folder, which pytest imports under no name of its own."""
     spec = importlib.util.spec_from_file_location(f"beside_{name}", Path(__file__).with_name(name))
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look themselves up there.
-    with patch.dict("sys.modules", {spec.name: module}):
-        spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
     return module
 
 
