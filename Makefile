@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | clean. Each makes what it needs, in .venv; PYTHON=... picks one.
+# make demo | test | emulate | lint | bench | gpu | clean. Each makes what it needs, in .venv; PYTHON=... picks one.
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet
 FULLRES := .venv/bin/fullres
@@ -7,15 +7,16 @@ OUT ?=
 ONLY ?=
 SECONDS ?=
 
-.PHONY: demo test lint bench gpu clean help
+.PHONY: demo test emulate lint bench gpu clean help
 
 help:
-	@echo "make demo   train on whole generated events on this machine and draw the result, in minutes"
-	@echo "make test   lint and all tests; no GPU needed"
-	@echo "make lint   ruff: rules and format"
-	@echo "make bench  benchmarks of this machine: of a GPU where there is one, else predictions"
-	@echo "make gpu    on a machine with a GPU and torch: device tests and benchmarks, offline, in ten minutes"
-	@echo "make clean  remove .venv and what the others made"
+	@echo "make demo     train on whole generated events on this machine and draw the result, in minutes"
+	@echo "make test     lint and all tests; no GPU needed"
+	@echo "make emulate  tests of kernels, as compiled for sm_80 and sm_90 and run without a GPU"
+	@echo "make lint     ruff: rules and format"
+	@echo "make bench    benchmarks of this machine: of a GPU where there is one, else predictions"
+	@echo "make gpu      on a machine with a GPU and torch: device tests and benchmarks, offline, in ten minutes"
+	@echo "make clean    remove .venv and what the others made"
 
 # The stamps name the extra that is installed; pyproject.toml and constraints.txt renew them.
 .venv/bin/python:
@@ -51,6 +52,13 @@ demo: .venv/train
 
 test: .venv/test lint
 	.venv/bin/python -m pytest
+
+# What triton's compiler makes of the kernels, where tests would interpret their Python.
+EMULATED := backward conv conv_fwd conv_transpose dgrad focal_loss focal_loss_sigmoid interpolate \
+  linear_focal_loss loss norm pointwise pool wgrad
+emulate: .venv/test
+	.venv/bin/python -m pytest --emulate sm_80 $(EMULATED:%=tests/test_%.py)
+	.venv/bin/python -m pytest --emulate sm_90 $(EMULATED:%=tests/test_%.py)
 
 lint: .venv/test
 	.venv/bin/ruff check .
