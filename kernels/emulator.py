@@ -562,34 +562,22 @@ class _Batch:
         program = self.program[here]
         now = np.repeat(self.barriers[program] * WARPS, many)
         mine = now + (ADDING if adds else np.repeat(self.warp[here], many))
-        held = self.arriving[cells] if self.copies else np.False_
-        if held.any():
-            self.fail_shared(
-                site, mine, cells, held, writes, "which a copy that is not waited for writes"
-            )
-        held = self.multiplied[at // 16] if self.products and writes else np.False_
-        if held.any():
-            self.fail_shared(
-                site,
-                mine,
-                cells,
-                np.repeat(held, many),
-                writes,
-                "which a product that is not waited for reads",
-            )
         wrote, read = self.wrote[cells], self.read[cells]
-        for touched, did, wrong in (
-            (wrote, "wrote", (wrote >= now) & (wrote != mine)),
-            (read, "read", (read >= now) & (read != mine) & writes),
-        ):
-            if wrong.any():
-                warp = int(touched[np.argmax(wrong)] % WARPS)
-                who = {MANY: "several warps", ADDING: "additions"}.get(
-                    warp, f"warp {self.local(warp)}"
-                )
-                self.fail_shared(
-                    site, mine, cells, wrong, writes, f"which {who} {did} since the last barrier"
-                )
+        wrong = [((wrote >= now) & (wrote != mine), wrote, "wrote since the last barrier")]
+        if writes:
+            wrong.append(((read >= now) & (read != mine), read, "read since the last barrier"))
+        if self.copies:
+            wrong.insert(0, (self.arriving[cells], None, "a copy that is not waited for writes"))
+        if self.products and writes:
+            held = np.repeat(self.multiplied[at // 16] > 0, many)
+            wrong.insert(0, (held, None, "a product that is not waited for reads"))
+        for where, others, why in wrong:
+            if where.any():
+                i = int(np.argmax(where))
+                byte = cells[i] * self.cell % self.stride
+                does = f"{self.which(mine[i])} {'writes' if writes else 'reads'}"
+                other = "" if others is None else f"{self.which(others[i])} "
+                self.fail(site, f"{does} shared byte {byte}, which {other}{why}")
         if writes:
             self.wrote[cells] = mine
             several = self.wrote[cells] != mine
@@ -600,24 +588,11 @@ class _Batch:
             several = (read >= now) & (read != mine) | (self.read[cells] != mine)
             self.read[cells[several]] = now[several] + MANY
 
-    def local(self, warp: int) -> int:
-        """Return a warp's number in its program."""
-        return warp % (self.kernel.threads // WARP)
-
-    def fail_shared(
-        self,
-        site: int,
-        mine: np.ndarray,
-        cells: np.ndarray,
-        wrong: np.ndarray,
-        writes: bool,
-        why: str,
-    ) -> None:
-        i = int(np.argmax(wrong))
-        warp = int(mine[i] % WARPS)
-        who = "an addition" if warp == ADDING else f"warp {self.local(warp)}"
-        byte = cells[i] * self.cell % self.stride
-        self.fail(site, f"{who} {'writes' if writes else 'reads'} shared byte {byte}, {why}")
+    def which(self, touch: int) -> str:
+        """Return the name of who touched a cell: a warp, by its number in its program."""
+        warp = int(touch % WARPS)
+        several = {MANY: "several warps", ADDING: "an addition"}
+        return several.get(warp, f"warp {warp % (self.kernel.threads // WARP)}")
 
     def count_wavefronts(self, at: np.ndarray, size: int, here: np.ndarray, what: str) -> None:
         """Count turns: a turn serves one word of each of 32 banks, to whoever wants it."""
@@ -732,7 +707,16 @@ class _Batch:
 
     # A warp's threads together
 
-    def shuffle(self, mode, a, by, clamp, threads, site):
+    def shuffle(
+        self,
+        mode: str,
+        a: np.ndarray,
+        by: np.ndarray,
+        clamp: np.ndarray,
+        threads: Threads,
+        site: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what each reads of another lane, and whether that is one of its segment."""
         here = self.whole(WARP, threads, site)
         a = np.broadcast_to(a, len(here)).reshape(-1, WARP)
         by, clamp = (
@@ -753,39 +737,46 @@ class _Batch:
         of = np.where(valid, of, lane)
         return np.take_along_axis(a, of, 1).ravel(), valid.ravel()
 
-    def vote(self, mode, held, threads, site):
+    def vote(self, mode: str, held: np.ndarray, threads: Threads, site: int) -> np.ndarray:
         here = self.whole(WARP, threads, site)
         held = np.broadcast_to(held, len(here)).reshape(-1, WARP)
         if mode == "ballot":
-            made = (
-                (held.astype(np.uint64) << np.arange(WARP, dtype=np.uint64))
-                .sum(1)
-                .astype(np.uint32)
-            )
+            made = np.packbits(held, axis=1, bitorder="little").view(np.uint32)[:, 0]
         else:
             made = {"any": held.any(1), "all": held.all(1)}[mode]
         return np.repeat(made, WARP)
 
-    def rows_of_matrices(self, address, many, here, site):
-        """Return places of the 8 rows, of 16 bytes, of each warp's matrices: [warps, many, 8]."""
+    def rows_of_matrices(
+        self, address: np.ndarray, many: int, here: np.ndarray, site: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return places of the 8 rows, of 16 bytes, of each warp's matrices, and whose they are."""
         rows = address.reshape(-1, WARP)[:, : 8 * many]
         owners = here.reshape(-1, WARP)[:, : 8 * many].ravel()
         return self.at(rows.ravel(), 16, owners, site), owners
 
-    def load_matrix(self, address, many, transposed, threads, site):
+    def load_matrix(
+        self, address: np.ndarray, many: int, transposed: bool, threads: Threads, site: int
+    ) -> list[np.ndarray]:
+        """Return `many` matrices of 8 x 8 halves, two neighbours of a row to each lane."""
         here = self.whole(WARP, threads, site)
         at, owners = self.rows_of_matrices(address, many, here, site)
         self.note_shared(at, 16, owners, False, site)
         self.count_wavefronts(at, 16, owners, "load")
-        values = gather(self.shared, at[:, None] + 2 * np.arange(8), np.uint16).reshape(
-            -1, many, 8, 8
-        )
+        values = gather(self.shared, at[:, None] + 2 * np.arange(8), np.uint16)
+        values = values.reshape(-1, many, 8, 8)
         if transposed:
             values = values.swapaxes(2, 3)
         pairs = np.ascontiguousarray(values).view(np.uint32).reshape(-1, many, WARP)
         return [np.ascontiguousarray(pairs[:, i]).ravel() for i in range(many)]
 
-    def store_matrix(self, address, values, transposed, threads, site):
+    def store_matrix(
+        self,
+        address: np.ndarray,
+        values: list[np.ndarray],
+        transposed: bool,
+        threads: Threads,
+        site: int,
+    ) -> None:
         here = self.whole(WARP, threads, site)
         many = len(values)
         at, owners = self.rows_of_matrices(address, many, here, site)
@@ -797,7 +788,16 @@ class _Batch:
             halves = halves.swapaxes(2, 3)
         scatter(self.shared, at[:, None] + 2 * np.arange(8), halves.reshape(-1, 8))
 
-    def mma(self, shape, kind, a, b, c, threads, site):
+    def mma(
+        self,
+        shape: str,
+        kind: str,
+        a: list[np.ndarray],
+        b: list[np.ndarray],
+        c: list[np.ndarray],
+        threads: Threads,
+        site: int,
+    ) -> list[np.ndarray]:
         """Return a @ b + c of each warp; fragments as the PTX manual draws them (9.7.14)."""
         self.whole(WARP, threads, site)
         if shape == "m16n8k16" and kind in ("bf16", "f16"):
@@ -825,16 +825,30 @@ class _Batch:
 
     # A warp group's threads together
 
-    def wgmma(self, shape, kind, a, b, sums, keep, order, threads, site):
-        """Return a @ b (+ sums) of each warp group: a in registers or shared memory, b there."""
+    def wgmma(
+        self,
+        shape: str,
+        kind: str,
+        a: list[np.ndarray] | np.ndarray,
+        b: np.ndarray,
+        sums: list[np.ndarray],
+        keep: np.ndarray,
+        order: list[int],
+        threads: Threads,
+        site: int,
+    ) -> list[np.ndarray]:
+        """Return a @ b (+ sums) of each warp group.
+
+        a: registers, or like b a descriptor of shared memory. order: whether each lies transposed.
+        """
         here = self.whole(GROUP, threads, site)
         n, k = (int(v) for v in shape[1:].replace("k", "n").split("n")[1:])
         leaders = here[::GROUP]
         if isinstance(a, list):
             left = self.fragment_a(a, kind).reshape(len(leaders), 64, k)
         else:
-            left = self.operand(a[::GROUP], 64, k, kind, order[0], leaders, site)
-        right = self.operand(b[::GROUP], n, k, kind, order[1], leaders, site)
+            left = self.operand(a, 64, k, kind, order[0], leaders, site)
+        right = self.operand(b, n, k, kind, order[1], leaders, site)
         made = np.matmul(left, right.swapaxes(1, 2))  # [groups, 64, n]
         made = made.reshape(-1, 4, 2, 8, n // 8, 4, 2)  # group, warp, half, row, block, lane, pair
         made = made.transpose(4, 2, 6, 0, 1, 3, 5).reshape(n // 2, -1)
@@ -861,7 +875,10 @@ class _Batch:
         """
         item = 4 if kind == "tf32" else 2
         unit = 16 // item
-        d = descriptor.astype(np.int64)
+        each = descriptor.reshape(-1, GROUP)
+        if (each != each[:, :1]).any():
+            self.fail(site, "a group's threads describe different operands")
+        d = each[:, 0].astype(np.int64)
         start, lead, stride = ((d >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         start, lead, stride = (v[:, None, None] for v in (start, lead, stride))
         modes = np.unique(d >> 62 & 3)

@@ -485,7 +485,7 @@ FAULTS = {  # text, what the refusal says, threads, programs
         atom.shared.add.u32 %r2, [%r1], 1;
         bar.sync 0; // remedy
         ld.shared.b32 %r3, [%r1]; // here""",
-        "warp 0 reads shared byte 0, which additions wrote", 64, 1,
+        "warp 0 reads shared byte 0, which an addition wrote", 64, 1,
     ),
     "one-warp-is-not-at-the-barrier": (
         """setp.lt.u32 %p1, %t, 32;
