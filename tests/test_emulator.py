@@ -525,6 +525,29 @@ FAULTS = {  # text, what the refusal says, threads, programs
         ld.shared.b32 %r2, [%r1]; // here""",
         "which a copy that is not waited for writes", 32, 1,
     ),
+    "threads-that-part-commit-for-themselves-alone": (
+        OWN + COPY + """
+        setp.ge.u32 %p1, %t, 32;
+        @%p1 bra AFTER; // fault
+        cp.async.commit_group;
+        AFTER: cp.async.wait_group 0;
+        ld.shared.b32 %r2, [%r1]; // here""",
+        "warp 1 reads shared byte 512, which a copy that is not waited for writes", 64, 1,
+    ),
+    "groups-are-counted-for-each-thread": (
+        OWN + """
+        setp.ge.u32 %p1, %t, 32;
+        @%p1 bra AFTER;
+        cp.async.cg.shared.global [%r1+2048], [%d1], 16;
+        cp.async.commit_group;
+        AFTER: """ + COPY + """
+        cp.async.commit_group;
+        cp.async.wait_group 1;
+        @!%p1 ld.shared.b32 %r2, [%r1+2048];
+        cp.async.wait_group 0; // remedy
+        ld.shared.b32 %r2, [%r1]; // here""",
+        "warp 0 reads shared byte 0, which a copy that is not waited for writes", 64, 1,
+    ),
     "a-copy-is-written-over": (
         OWN + COPY + """
         cp.async.commit_group;
