@@ -644,10 +644,11 @@ class _Batch:
         self.count_wavefronts(at, item * many, here[live], "store")
         offset, table = at[:, None] + item * np.arange(many), np.stack(values, 1)[live]
         scatter(self.shared, offset, table)
-        for i in np.flatnonzero((gather(self.shared, offset, kind) != table).any(1)):
-            # a warp's own threads may differ in a last bit: one of them wins
-            others = (at < at[i] + item * many) & (at + item * many > at[i])
-            if (warp[others] != warp[i]).any():
+        lost = (gather(self.shared, offset, kind) != table).any(1)
+        if lost.any():
+            # Of a warp's own threads, which may differ in a last bit, the last wins in each warp.
+            _, last = np.unique((warp << 32 | at)[::-1], return_index=True)
+            if lost[::-1][last].any():
                 self.fail(site, "two warps write different values into one shared byte")
 
     def add_shared(

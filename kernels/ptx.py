@@ -25,7 +25,7 @@ TYPES = {
     **{f"{kind}{8 * size}": f"{code}{size}" for size in (1, 2, 4, 8)
        for kind, code in (("s", "i"), ("u", "u"), ("b", "u"))},
     "f16": "f2", "f32": "f4", "f64": "f8", "pred": "b1", "bf16": "u2",
-    "f16x2": "u4", "bf16x2": "u4", "tf32": "f4",
+    "f16x2": "u4", "bf16x2": "u4", "s16x2": "u4", "u16x2": "u4", "tf32": "f4",
 }  # fmt: skip
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.([xyz])|%(laneid)")
 NAMES = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")}
@@ -334,7 +334,7 @@ class _Translator:
         target, *operands = made.operands
         if name in ("max", "min") and made.has("NaN"):
             name += "_nan"
-        if kind in ("bf16x2", "f16x2", "bf16", "f16"):
+        if kind.endswith("x2") or kind in ("bf16", "f16"):
             values = ", ".join(self.value(o, TYPES[kind].replace("f", "u")) for o in operands)
             self.assign(
                 target, f"packed({name!r}, {kind!r}, {values})", TYPES[kind].replace("f", "u")
@@ -365,9 +365,11 @@ class _Translator:
         if made.has("wide"):
             text = f"{self.value(a, kind)}.astype({wide}) * {self.value(b, kind)}"
             kind = wide
+        elif made.has("hi") and kind == "u8":
+            text = f"upper({self.value(a, kind)}, {self.value(b, kind)})"
+        elif made.has("hi") and kind == "i8":
+            self.refuse()
         elif made.has("hi"):
-            if kind[1] == "8":
-                self.refuse()
             both = f"{self.value(a, kind)}.astype({wide}) * {self.value(b, kind)}"
             text = f"(({both}) >> {8 * int(kind[1])}).astype({kind})"
         if addend is not None:
@@ -709,6 +711,14 @@ def divided(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(b == 0, ones, quotient), np.where(b == 0, a, a - quotient * by)
 
 
+def upper(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the upper half of the 128 bits of products of unsigned integers."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    cross = (a >> half) * (b & low), (a & low) * (b >> half)
+    carry = ((a & low) * (b & low) >> half) + (cross[0] & low) + (cross[1] & low)
+    return (a >> half) * (b >> half) + (cross[0] >> half) + (cross[1] >> half) + (carry >> half)
+
+
 def shifted(a: np.ndarray, by: np.ndarray, sign: str) -> np.ndarray:
     """Return a << by or a >> by, where shifts past the width leave zeros, or the sign."""
     bits = 8 * a.dtype.itemsize
@@ -743,7 +753,9 @@ def looked_up(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.nda
 
 
 def rounded(x: np.ndarray, kind: str) -> np.ndarray:
-    """Return float32 rounded to bf16 or f16, as their bits, or to tf32, as float32."""
+    """Return float32 rounded to bf16 or f16, wrapped to 16 bits, or, as float32, to tf32."""
+    if kind in ("s16", "u16"):
+        return x.astype(np.int32).astype(np.uint16)
     if kind == "f16":
         return x.astype(np.float16).view(np.uint16)
     bits = x.view(np.uint32)
@@ -755,7 +767,9 @@ def rounded(x: np.ndarray, kind: str) -> np.ndarray:
 
 
 def widened(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Return bf16 or f16 given as bits in float32."""
+    """Return bf16, f16 or integers of 16 bits, given as bits, in float32."""
+    if kind in ("s16", "u16"):
+        return bits.view(np.int16 if kind == "s16" else np.uint16).astype(np.float32)
     if kind == "f16":
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -777,7 +791,7 @@ def to_integer(x: np.ndarray, rounding: str, into: type) -> np.ndarray:
 
 
 def packed(name: str, kind: str, *operands: np.ndarray) -> np.ndarray:
-    """Return one or two 16-bit floats a register, added, subtracted, multiplied or compared."""
+    """Return one or two 16-bit numbers a register, added, subtracted, multiplied or compared."""
     half = kind.removesuffix("x2")
     parts = [
         [widened((o >> o.dtype.type(16 * i)).astype(np.uint16), half) for o in operands]
@@ -798,6 +812,7 @@ HELPERS = {
         merged,
         fused,
         divided,
+        upper,
         shifted,
         permuted,
         looked_up,

@@ -103,6 +103,7 @@ INTEGERS = {  # instruction: bits of a, b and the result; whether a and b are si
     "mul.lo.s64": (64, 64, 64, True, lambda a, b: a * b),
     "mul.hi.u32": (32, 32, 32, False, lambda a, b: a * b >> 32),
     "mul.hi.s32": (32, 32, 32, True, lambda a, b: a * b >> 32),
+    "mul.hi.u64": (64, 64, 64, False, lambda a, b: a * b >> 64),
     "mul.wide.s32": (32, 32, 64, True, lambda a, b: a * b),
     "mul.wide.u32": (32, 32, 64, False, lambda a, b: a * b),
     "mul.wide.s16": (16, 16, 32, True, lambda a, b: a * b),
@@ -331,6 +332,16 @@ def test_two_16_bit_floats_of_a_register_do_not_touch(name, kind):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("add", "s16"), ("add", "u16"), ("min", "s16"),
+                                           ("max", "u16")])  # fmt: skip
+def test_two_16_bit_integers_of_a_register_do_not_touch(name, kind):
+    a, b = np.random.default_rng(1).integers(0, 2**32, (2, 64), np.uint32)
+    x, y = (v.view({"s16": np.int16, "u16": np.uint16}[kind]) for v in (a, b))
+    wanted = {"add": np.add, "min": np.minimum, "max": np.maximum}[name](x, y)
+    got = applied(f"{name}.{kind}x2 %z, %a, %b;", a, b, result="u4")
+    assert np.array_equal(got.view(wanted.dtype), wanted)
+
+
 LANES = list(range(32))
 SHUFFLES = {  # mode, by, clamp: which lane each reads, and whether it is a lane of its segment
     "up-by-1": ("up", 1, 0, [max(i - 1, 0) for i in LANES], [i > 0 for i in LANES]),
@@ -422,7 +433,7 @@ def test_threads_that_part_meet_again():
         "sin.approx.f32 %f1, %f1;", "add.sat.s32 %r1, %r1, %r1;", 
         "cvt.rn.satfinite.e4m3x2.f32 %h1, %f1, %f1;",
         "bar.sync 1, 64;", "bfe.u32 %r1, %r1, %r2, 3;", "atom.global.add.f32 %f1, [%x0], %f1;",
-        "shfl.sync.idx.b32 %r1, %r1, 0, 31, 65535;", "mul.hi.u64 %d1, %d1, %d1;",
+        "shfl.sync.idx.b32 %r1, %r1, 0, 31, 65535;", "mul.hi.s64 %d1, %d1, %d1;",
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_with_its_place(text):
@@ -632,6 +643,13 @@ FAULTS = {  # text, what the refusal says, threads, programs
         """st.global.b32 [%x0], %t; // here fault
         st.global.b32 [%x0], 7; // remedy""",
         "two threads write different values into one element", 32, 1,
+    ),
+    "each-warps-last-thread-wins": (
+        """mov.u32 %r1, 0;
+        and.b32 %r2, %t, 31;
+        mov.u32 %r2, %t; // fault
+        st.shared.b32 [%r1], %r2; // here""",
+        "two warps write different values into one shared byte", 64, 1,
     ),
     "warps-write-different-values-into-shared-memory": (
         """mov.u32 %r1, 0;
