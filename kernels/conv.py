@@ -26,10 +26,14 @@ fill a product's depth (C = 3, S = 3 takes 16 values, not three times 16), and a
   [pixels, j] @ [j, k] a step. For each block of channels it reads, and activates, a value of x up
   to R*S times, from L1 or L2. The tiles of a range lie below each other, so that the rows of x that
   two of them share come from a cache.
-- conv2d_fwd_rows_kernel, for 3x3 with windows that fit a step: a program rolls down a strip of
-  rows, BLOCK_Q columns wide, with the whole filter in shared memory. It reads a row of windows
-  once, for the three rows of y that it belongs to; two unfinished ones wait in registers. It reads
-  and activates each value of x S times, and the copies of the next rows run meanwhile.
+- conv2d_fwd_rows_kernel, for 3x3 with few channels: a program rolls down a strip of rows, BLOCK_Q
+  columns wide, with the whole filter in shared memory. It reads a row of windows once, for the
+  three rows of y that it belongs to; two unfinished ones wait in registers. A window is of four
+  pixels and serves two of y: the products' columns are the channels of both, their filters shifted
+  by a pixel against each other among zeros. So each value of x is read and activated twice, where
+  windows of one pixel would do it four times (three, and padding to a power of two); and the copies
+  of the next rows run meanwhile. Those zeros make NaN of what is not finite: it reaches the pixels
+  that see it, and a neighbour that shares their window.
 - conv2d_fwd_depthwise_kernel, for groups of one input channel, whose products would be empty: no
   tensor cores, a multiplication and an addition for each value and tap.
 
@@ -39,6 +43,11 @@ channels, 144 at 32, 288 at 64; 11 for 1x1 at 16 -> 32. An H200 turns from memor
 at 184, so only the layers from 64 channels on use its tensor cores fully; the others should run at
 the speed of a copy. Parts take 12*K bytes a range: of 4,096 pixels in a large image, 0.15% of y;
 there are less than 2 PROGRAMS of them where ranges are shorter.
+
+Instructions come next to bytes. An H200 issues 441 a pixel (of a lane) while the bytes of a layer
+of 16 channels pass, 883 at 32. The loop of the rows kernel takes, on sm_90, with norm, activation
+and moments, 444 and 854 by its text, and 600 and 1,200 in strips that meet the image's border; with
+windows of one pixel and selects everywhere these were 1,026 and 1,986.
 
 Moments stay exact because no variance is the difference of two large sums: a tile's M2 is taken
 about the tile's own mean, and joined to the range's by Chan's update; the rows kernel instead moves
@@ -75,9 +84,10 @@ CONFIGS = [  # the first must fit every supported device: tests and the interpre
     _config(128, MAX_J=128, MAX_K=64, num_warps=8, num_stages=1),
 ]
 ROWS_CONFIGS = [
-    triton.Config({"BLOCK_Q": 64, "MAX_K": 32}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_Q": 64, "MAX_K": 32}, num_warps=4, num_stages=4),
-    triton.Config({"BLOCK_Q": 64, "MAX_K": 32}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_Q": 128, "MAX_K": 16}, num_warps=4, num_stages=2),
+    # All of 32 channels at once; from 17 channels in on, these fill registers.
+    triton.Config({"BLOCK_Q": 128, "MAX_K": 32}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_Q": 128, "MAX_K": 32}, num_warps=4, num_stages=3),
 ]
 DEPTHWISE_CONFIGS = [
     triton.Config({"BLOCK_M": 32, "MAX_K": 64}, num_warps=4, num_stages=2),
@@ -400,7 +410,124 @@ def conv2d_fwd_kernel(
         _store_parts(parts_ptr, split, count, mean, m2, k, mask_k, K)
 
 
-@autotune(ROWS_CONFIGS, key=["C", "K", "S", "ACT"])
+@triton.jit
+def _join_row(mean, m2, y, mask, done, BORDER: tl.constexpr):
+    """Return mean and M2 [windows, K] of `done` rows: those of the rows above joined with y.
+
+    y: [windows, two pixels of K channels]; m2 is half of M2, as of one pixel. Of a window that the
+    border cuts, which mask tells, the first pixel stands for the second.
+    """
+    SHAPE: tl.constexpr = (y.shape[0], 2, y.shape[1] // 2)
+    a, b = tl.split(tl.permute(tl.reshape(y, SHAPE), (0, 2, 1)))
+    if BORDER:
+        _, inside = tl.split(tl.permute(tl.reshape(mask, SHAPE), (0, 2, 1)))
+        b = tl.where(inside, b, a)
+    share = 1.0 / done.to(tl.float32)
+    delta = a + b - 2.0 * mean
+    apart = a - b
+    moved = mean + delta * (0.5 * share)
+    return moved, m2 + 0.25 * (apart * apart + delta * (delta * (1.0 - share)))
+
+
+@triton.jit
+def _filters(
+    w_ptr, r, u, c, pixel, k, mask_c, mask_k, C: tl.constexpr, PARTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Return row r of 3x3 filters for the parts of a window: [u and c, pixel and k].
+
+    A pixel's filter stands as many pixels down the window as the pixel itself, among zeros.
+    """
+    parts = ()
+    for part in tl.static_range(PARTS):
+        s = (u + part * (4 // PARTS))[:, None] - pixel[None, :]
+        offs = (k[None, :] * 9 + 3 * r + s) * C + c[:, None]
+        mask = (s >= 0) & (s < 3) & mask_c[:, None] & mask_k[None, :]
+        w = tl.load(w_ptr + offs, mask=mask, other=0.0)
+        parts = parts + (w.to(tl.float32) if WIDEN else w,)
+    return parts
+
+
+@triton.jit
+def _roll(
+    x_ptr, residual_ptr, w0, w1, w2, b, y_ptr, keep_ptr, MOMENTS: tl.constexpr,
+    offs_x, column, u, mask_c, offs_y, mask_q, mask_k, p0, q0, height, norm, residual_norm,
+    H, W, Q, C: tl.constexpr, K: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, NORM: tl.constexpr, RESIDUAL_NORM: tl.constexpr,
+    keeps,
+    BORDER: tl.constexpr,  # whether anything lies beyond the image
+    FULL_C: tl.constexpr, FULL_K: tl.constexpr,  # whether no channel is padding
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write a strip of y, row by row; return mean and M2 of each window's columns of it."""
+    PLAIN: tl.constexpr = not NORM and residual_ptr is None and ACT == "none"
+    WINDOWS: tl.constexpr = offs_y.shape[0]
+    COLUMNS: tl.constexpr = offs_y.shape[1]
+    STEP: tl.constexpr = 4 // PARTS  # pixels of a part
+    mean, scale, shift = norm
+    mean_r, scale_r, shift_r = residual_norm
+    mean_y = tl.zeros((WINDOWS, COLUMNS // 2), dtype=tl.float32)  # of the rows above
+    m2_y = tl.zeros((WINDOWS, COLUMNS // 2), dtype=tl.float32)
+    acc1 = tl.zeros((WINDOWS, COLUMNS), dtype=tl.float32)  # a row of y that has met r = 0
+    acc2 = tl.zeros((WINDOWS, COLUMNS), dtype=tl.float32)  # the row above it, also r = 1
+    for step in range(height + 2):
+        h = p0 - PAD_H + step
+        acc = acc2
+        acc2 = acc1
+        acc1 = tl.zeros((WINDOWS, COLUMNS), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            offs = offs_x + part * STEP * C
+            mask_x = mask_c[None, :]
+            if BORDER:
+                w = q0 - PAD_W + part * STEP + column
+                mask_x = mask_x & (w >= 0) & (w < W) & (h >= 0) & (h < H)
+            elif FULL_C:
+                mask_x = tl.full((1, 1), True, tl.int1)
+            if PLAIN:
+                z = tl.load(x_ptr + offs, mask=mask_x, other=0.0)
+            else:
+                z = load_activated(
+                    x_ptr, residual_ptr, offs, mask_x,
+                    mean, scale, shift, mean_r, scale_r, shift_r, NORM, RESIDUAL_NORM, ACT, SLOPE,
+                )  # fmt: skip
+                if BORDER:
+                    z = tl.where(mask_x, z, 0.0)
+                z = z.to(x_ptr.dtype.element_ty)
+            if keep_ptr is not None:  # of a window's pixels those of its own columns
+                if PLAIN:
+                    z = shared_use(z)
+                own = (part * STEP + u >= PAD_W) & (part * STEP + u < PAD_W + 2)
+                own = own[None, :] & mask_x & (q0 - PAD_W + part * STEP + column < Q)
+                tl.store(keep_ptr + offs, z, mask=own & keeps & (h >= p0) & (h < p0 + height))
+            if WIDEN:
+                z = z.to(tl.float32)
+            acc = tl.dot(z, w2[part], acc, input_precision=PRECISION)
+            acc2 = tl.dot(z, w1[part], acc2, input_precision=PRECISION)
+            acc1 = tl.dot(z, w0[part], acc1, input_precision=PRECISION)
+
+        done = step - 1  # rows finished; the first two steps finish rows of the strip above
+        if b is not None:
+            acc += b[None, :]
+        y = acc.to(y_ptr.dtype.element_ty)
+        if done > 0:
+            mask_y = mask_k[None, :]
+            if BORDER:
+                mask_y = mask_y & mask_q
+            elif FULL_K:
+                mask_y = tl.full((1, 1), True, tl.int1)
+            tl.store(y_ptr + offs_y, y, mask=mask_y)
+            if MOMENTS:
+                mean_y, m2_y = _join_row(mean_y, m2_y, y.to(tl.float32), mask_q, done, BORDER)
+        if keep_ptr is not None:
+            keep_ptr += W * C
+        x_ptr += W * C
+        if residual_ptr is not None:
+            residual_ptr += W * C
+        y_ptr += Q * K
+    return mean_y, m2_y
+
+
+@autotune(ROWS_CONFIGS, key=["C", "K", "ACT"])
 @triton.jit(do_not_specialize=SIZES)
 def conv2d_fwd_rows_kernel(
     x_ptr, norm_ptr, residual_ptr, residual_norm_ptr,  # as above
@@ -414,14 +541,13 @@ def conv2d_fwd_rows_kernel(
     BLOCK_Q: tl.constexpr, MAX_K: tl.constexpr,
 ):  # fmt: skip
     """Write a [rows, BLOCK_Q, BLOCK_K] strip of y, row by row; sums are fp32, rounded once."""
-    tl.static_assert(R == 3)
-    BLOCK_J: tl.constexpr = fit(128, S * C)
-    tl.static_assert(BLOCK_J >= S * C)
+    tl.static_assert(R == 3 and S == 3)
+    BLOCK_C: tl.constexpr = fit(32, C, 4)
+    tl.static_assert(BLOCK_C >= C)
+    PARTS: tl.constexpr = max(1, BLOCK_C // 8)  # of a window, made one after another
+    BLOCK_J: tl.constexpr = 4 // PARTS * BLOCK_C
     BLOCK_K: tl.constexpr = fit(MAX_K, K)
     TILES_K: tl.constexpr = triton.cdiv(K, BLOCK_K)
-    NORM: tl.constexpr = norm_ptr is not None
-    RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
-    PLAIN: tl.constexpr = not NORM and residual_ptr is None and ACT == "none"
     tiles_p = (P + rows - 1) // rows
     tiles_q = (Q + BLOCK_Q - 1) // BLOCK_Q
 
@@ -443,86 +569,65 @@ def conv2d_fwd_rows_kernel(
         keep_ptr += base_x
     y_ptr += ((n * P + p0 - 2) * Q + q0) * K
 
-    offs_q = tl.arange(0, BLOCK_Q)
+    # Columns of the products: BLOCK_K channels of a window's first pixel, then of its second.
+    first = tl.arange(0, BLOCK_Q // 2) * 2  # of windows: from q0 on
     offs_j = tl.arange(0, BLOCK_J)
-    k = k0 + tl.arange(0, BLOCK_K)
-    mask_j = offs_j < S * C
+    offs_n = tl.arange(0, 2 * BLOCK_K)
+    pixel = offs_n // BLOCK_K
+    k = k0 + offs_n % BLOCK_K
     mask_k = k < K
-    s = offs_j // C
+    u = offs_j // BLOCK_C  # pixel of a window's part that j belongs to
+    c = offs_j % BLOCK_C
+    mask_c = c < C
 
-    offs_w = k[None, :] * (R * S * C) + offs_j[:, None]
-    mask_w = mask_j[:, None] & mask_k[None, :]
-    w0 = tl.load(w_ptr + offs_w, mask=mask_w, other=0.0)
-    w1 = tl.load(w_ptr + S * C + offs_w, mask=mask_w, other=0.0)
-    w2 = tl.load(w_ptr + 2 * S * C + offs_w, mask=mask_w, other=0.0)
-    if WIDEN:
-        w0 = w0.to(tl.float32)
-        w1 = w1.to(tl.float32)
-        w2 = w2.to(tl.float32)
-    b = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    w0 = _filters(w_ptr, 0, u, c, pixel, k, mask_c, mask_k, C, PARTS, WIDEN)
+    w1 = _filters(w_ptr, 1, u, c, pixel, k, mask_c, mask_k, C, PARTS, WIDEN)
+    w2 = _filters(w_ptr, 2, u, c, pixel, k, mask_c, mask_k, C, PARTS, WIDEN)
+    b = None
     if b_ptr is not None:
         b = tl.load(b_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
+    norm = _norm(norm_ptr, c, mask_c, C)
+    residual_norm = _norm(residual_norm_ptr, c, mask_c, C)
 
-    mean, scale, shift = _norm(norm_ptr, offs_j % C, mask_j, C)
-    mean_r, scale_r, shift_r = _norm(residual_norm_ptr, offs_j % C, mask_j, C)
+    q = q0 + first[:, None] + pixel[None, :]
+    mask_q = q < Q
+    offs_x = first[:, None] * C + u[None, :] * C + c[None, :]
+    offs_y = (first[:, None] + pixel[None, :]) * K + k[None, :]
+    if BLOCK_C == C:  # the same, said so that loads and stores are wide
+        offs_x = first[:, None] * C + offs_j[None, :]
+    if BLOCK_K == K:
+        offs_y = first[:, None] * K + offs_n[None, :]
 
-    w = q0 - PAD_W + offs_q[:, None] + s[None, :]
-    mask_window = (w >= 0) & (w < W) & mask_j[None, :]
-    # Where a window holds the pixel of its own column: keep is of y's size.
-    mask_own = mask_window & (s == PAD_W)[None, :] & (q0 + offs_q < Q)[:, None]
-    offs_x = offs_q[:, None] * C + offs_j[None, :]
-    mask_q = q0 + offs_q < Q
-    mask_y = mask_q[:, None] & mask_k[None, :]
-    offs_y = offs_q[:, None] * K + k[None, :]
-
-    mean_y = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)  # of the rows above, a column each
-    m2_y = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
-    acc1 = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)  # a row of y that has met r = 0
-    acc2 = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)  # the row above it, also r = 1
-    for step in range(height + 2):
-        h = p0 - PAD_H + step
-        mask_x = mask_window & (h >= 0) & (h < H)
-        if PLAIN:
-            z = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
-        else:
-            z = load_activated(
-                x_ptr, residual_ptr, offs_x, mask_x,
-                mean, scale, shift, mean_r, scale_r, shift_r, NORM, RESIDUAL_NORM, ACT, SLOPE,
-            )  # fmt: skip
-            z = tl.where(mask_x, z, 0.0).to(x_ptr.dtype.element_ty)
-        if keep_ptr is not None:
-            if PLAIN:
-                z = shared_use(z)
-            own = (h >= p0) & (h < p0 + height) & (k0 == 0)  # rows beyond are other strips'
-            tl.store(keep_ptr + offs_x, z, mask=mask_own & own)
-            keep_ptr += W * C
-        if WIDEN:
-            z = z.to(tl.float32)
-        acc = tl.dot(z, w2, acc2, input_precision=PRECISION)
-        acc2 = tl.dot(z, w1, acc1, input_precision=PRECISION)
-        acc1 = tl.dot(z, w0, input_precision=PRECISION)
-
-        y = (acc + b[None, :]).to(y_ptr.dtype.element_ty)
-        done = step - 1  # rows finished; the first two steps finish rows of the strip above
-        tl.store(y_ptr + offs_y, y, mask=mask_y & (done > 0))
-        if parts_ptr is not None:
-            y = y.to(tl.float32)
-            delta = y - mean_y
-            moved = mean_y + delta * (1.0 / tl.maximum(done, 1).to(tl.float32))
-            m2_y = tl.where(done > 0, m2_y + delta * (y - moved), m2_y)
-            mean_y = tl.where(done > 0, moved, mean_y)
-        x_ptr += W * C
-        if residual_ptr is not None:
-            residual_ptr += W * C
-        y_ptr += Q * K
+    # At the border zeros are selected, a value at a time; a branch inside the loop would become
+    # selects, so there are two loops.
+    border = (q0 < PAD_W) | (q0 - PAD_W + BLOCK_Q + S - 1 > W)
+    border = border | (p0 < PAD_H) | (p0 - PAD_H + height + 2 > H) | (q0 + BLOCK_Q > Q)
+    if border:
+        mean_y, m2_y = _roll(
+            x_ptr, residual_ptr, w0, w1, w2, b, y_ptr, keep_ptr, parts_ptr is not None,
+            offs_x, first[:, None] + u[None, :], u, mask_c, offs_y, mask_q, mask_k,
+            p0, q0, height, norm, residual_norm, H, W, Q, C, K, PAD_H, PAD_W, ACT, SLOPE,
+            norm_ptr is not None, residual_norm_ptr is not None, k0 == 0,
+            True, BLOCK_C == C, K % BLOCK_K == 0, PRECISION, WIDEN, PARTS,
+        )  # fmt: skip
+    else:
+        mean_y, m2_y = _roll(
+            x_ptr, residual_ptr, w0, w1, w2, b, y_ptr, keep_ptr, parts_ptr is not None,
+            offs_x, first[:, None] + u[None, :], u, mask_c, offs_y, mask_q, mask_k,
+            p0, q0, height, norm, residual_norm, H, W, Q, C, K, PAD_H, PAD_W, ACT, SLOPE,
+            norm_ptr is not None, residual_norm_ptr is not None, k0 == 0,
+            False, BLOCK_C == C, K % BLOCK_K == 0, PRECISION, WIDEN, PARTS,
+        )  # fmt: skip
 
     if parts_ptr is not None:
         columns = tl.minimum(Q - q0, BLOCK_Q).to(tl.float32)
         down = height.to(tl.float32)
-        joined = tl.sum(tl.where(mask_q[:, None], mean_y, 0.0), 0) / columns
+        pixels = tl.minimum(tl.maximum(Q - q0 - first, 0), 2).to(tl.float32)[:, None]
+        joined = tl.sum(mean_y * pixels, 0) / columns
         apart = mean_y - joined[None, :]
-        m2 = tl.sum(tl.where(mask_q[:, None], m2_y + down * apart * apart, 0.0), 0)
-        _store_parts(parts_ptr, strip, columns * down, joined, m2, k, mask_k, K)
+        m2 = tl.sum(tl.where(pixels > 0, m2_y + down * apart * apart, 0.0) * pixels, 0)
+        k = k0 + tl.arange(0, BLOCK_K)
+        _store_parts(parts_ptr, strip, columns * down, joined, m2, k, k < K, K)
 
 
 @autotune(DEPTHWISE_CONFIGS, key=["C", "K", "R", "S", "STRIDE_W", "TILE_Q", "ACT", "RESAMPLE"])
@@ -635,11 +740,11 @@ def conv2d_fwd_depthwise_kernel(
 def conv2d_fwd_kernel_for(C: int, K: int, R: int, S: int, itemsize: int, plain_geometry: bool):
     """Return the kernel for a shape that is not depthwise.
 
-    Rows where windows fit a step and few blocks of K reread x; plain_geometry says that stride and
+    Rows where windows are short and few blocks of K reread x; plain_geometry says that stride and
     dilation are 1, groups too, and that one image is read, pixel by pixel. This counts bytes.
     TODO: decide by times, once the kernel benchmark has run both on a card.
     """
-    fits = R == 3 and S * C <= 96 and K <= 64 and itemsize == 2
+    fits = R == S == 3 and C <= 32 and K <= 64 and itemsize == 2
     return conv2d_fwd_rows_kernel if fits and plain_geometry else conv2d_fwd_kernel
 
 
