@@ -28,8 +28,9 @@ which one more comes with 32 times the pixels. A program owns what it writes and
 order: the same bits every time, without atomics.
 
 - conv2d_wgrad_kernel, for every shape: a program owns a range of pixels, one r, BLOCK_J values of
-  the window and BLOCK_K channels, and walks tiles of BLOCK_P x BLOCK_Q pixels. Programs of one
-  range are neighbours, so that what they read up to R*S*C/BLOCK_J times comes from L2.
+  the window and BLOCK_K channels, and walks tiles of BLOCK_P x BLOCK_Q pixels. A filter of up to 64
+  values is taken whole: its rows follow each other in j, and x and dy are fetched once. Programs of
+  one range are neighbours, so that what they read up to R*S*C/BLOCK_J times comes from L2.
 - conv2d_wgrad_depthwise_kernel, for groups of one input channel, whose products would be empty:
   no tensor cores, a multiplication and an addition for each value and tap.
 - sum_parts_kernel, one level of the tree.
@@ -80,6 +81,12 @@ def fit(most: int, needed: int, least: int = 16) -> int:
     return max(least, min(most, 1 << (needed - 1).bit_length()))
 
 
+@triton.constexpr_function
+def filter_rows(CG: int, R: int, S: int) -> int:
+    """Return how many rows of a filter one program takes: all of a small one, else one."""
+    return R if R * S * CG <= 64 else 1
+
+
 def tile_width(P: int, Q: int, pixels: int = 64) -> int:
     """Return how many columns a tile should have for few tiles to cover P x Q."""
     covered = {
@@ -100,9 +107,10 @@ def conv2d_wgrad_blocks(
     """Return how many programs a range of pixels takes; MAX_J is None for the depthwise kernel."""
     if MAX_J is None:
         return triton.cdiv(K, fit(MAX_K, K)) * R * S
-    window = S * (C // groups)
+    rows = filter_rows(C // groups, R, S)
+    window = rows * S * (C // groups)
     tiles_j = triton.cdiv(window, fit(MAX_J, window))
-    return tiles_j * triton.cdiv(K // groups, fit(MAX_K, K // groups)) * R * groups
+    return tiles_j * triton.cdiv(K // groups, fit(MAX_K, K // groups)) * (R // rows) * groups
 
 
 def conv2d_wgrad_grid(C: int, K: int, R: int, S: int, groups: int, splits: int):
@@ -134,16 +142,18 @@ def conv2d_wgrad_kernel(
     WIDEN: tl.constexpr,  # multiply in float32: for the interpreter, whose bfloat16 dot is wrong
     BLOCK_M: tl.constexpr, MAX_J: tl.constexpr, MAX_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dw[k, r, j] and db[k] of one range of pixels, one r, BLOCK_J of j and BLOCK_K of k."""
+    """Write dw[k, r, j] and db[k] of one range of pixels, ROWS of r, BLOCK_J of j, BLOCK_K of k."""
     BITS: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
     BLOCK_N: tl.constexpr = BLOCK_M * 16 // BITS  # pixels of a tile
     BLOCK_Q: tl.constexpr = fit(BLOCK_N, TILE_Q, 1)
     BLOCK_P: tl.constexpr = BLOCK_N // BLOCK_Q
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
-    BLOCK_J: tl.constexpr = fit(MAX_J, S * CG)
+    ROWS: tl.constexpr = filter_rows(CG, R, S)
+    WIDTH: tl.constexpr = ROWS * S * CG  # of j
+    BLOCK_J: tl.constexpr = fit(MAX_J, WIDTH)
     BLOCK_K: tl.constexpr = fit(MAX_K, KG)
-    TILES_J: tl.constexpr = triton.cdiv(S * CG, BLOCK_J)
+    TILES_J: tl.constexpr = triton.cdiv(WIDTH, BLOCK_J)
     TILES_K: tl.constexpr = triton.cdiv(KG, BLOCK_K)
     NORM: tl.constexpr = norm_ptr is not None
     RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
@@ -154,22 +164,23 @@ def conv2d_wgrad_kernel(
     pid = tl.program_id(0)
     tile_k = pid % TILES_K
     tile_j = pid // TILES_K % TILES_J
-    r = pid // (TILES_K * TILES_J) % R
-    group = pid // (TILES_K * TILES_J * R) % GROUPS
-    split = pid // (TILES_K * TILES_J * R * GROUPS)
+    r = pid // (TILES_K * TILES_J) % (R // ROWS)
+    group = pid // (TILES_K * TILES_J * (R // ROWS)) % GROUPS
+    split = pid // (TILES_K * TILES_J * (R // ROWS) * GROUPS)
 
     offs_m = tl.arange(0, BLOCK_N)
     offs_p = offs_m // BLOCK_Q
     offs_q = offs_m % BLOCK_Q
     offs_j = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
     offs_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_j = offs_j < S * CG
+    mask_j = offs_j < WIDTH
     mask_k = offs_k < KG
     k = group * KG + offs_k
-    s = offs_j // CG
+    row = offs_j // (S * CG)  # from r on
+    s = offs_j // CG % S
     c = group * CG + offs_j % CG
-    shift_j = s * (DIL_W * C) + c  # where j is, from the window's first value on
-    if DIL_W == 1 and GROUPS == 1:
+    shift_j = row * (DIL_H * W * C) + s * (DIL_W * C) + c  # of j from the window's first value
+    if DIL_W == 1 and GROUPS == 1 and ROWS == 1:
         shift_j = offs_j  # the same, said so that loads are seen to be contiguous
 
     mean, scale, shift = 0.0, 0.0, 0.0
@@ -216,10 +227,13 @@ def conv2d_wgrad_kernel(
 
         h0 = p0 * STRIDE_H - PAD_H + r * DIL_H
         w0 = q0 * STRIDE_W - PAD_W
-        h = h0 + offs_p * STRIDE_H
+        h = h0 + (offs_p * STRIDE_H)[:, None] + (row * DIL_H)[None, :]
+        if ROWS == 1:
+            h = h0 + (offs_p * STRIDE_H)[:, None]
         w = w0 + (offs_q * STRIDE_W)[:, None] + (s * DIL_W)[None, :]
-        mask_h = (h >= 0) & (h < height) & mask_m  # beyond the tile too: Inf * 0 would be NaN
-        mask_x = mask_h[:, None] & (w >= 0) & (w < width) & mask_j[None, :]
+        # Beyond the tile z is 0 as well as dy: Inf * 0 would be NaN.
+        mask_h = (h >= 0) & (h < height) & mask_m[:, None]
+        mask_x = mask_h & (w >= 0) & (w < width) & mask_j[None, :]
         if RESAMPLE == "none":
             base_x = ((n * H + h0) * W + w0) * C
             if PLAIN:
@@ -233,7 +247,7 @@ def conv2d_wgrad_kernel(
                 )  # fmt: skip
         else:
             z = load_z(
-                x_ptr, residual_ptr, n, h0, h[:, None], w, c[None, :], mask_x,
+                x_ptr, residual_ptr, n, h0, h, w, c[None, :], mask_x,
                 mean, scale, shift, mean_r, scale_r, shift_r,
                 H, W, C, NORM, RESIDUAL_NORM, ACT, SLOPE, RESAMPLE,
             )  # fmt: skip
@@ -249,13 +263,13 @@ def conv2d_wgrad_kernel(
             dy = dy.to(tl.float32)
         acc = tl.dot(tl.trans(z), dy, acc, input_precision=PRECISION)
 
-    row = split.to(tl.int64)
+    part = split.to(tl.int64)
     offs_dw = (k * R + r)[None, :] * (S * CG) + offs_j[:, None]
-    dw_ptr += row * (K * R * S * CG)
+    dw_ptr += part * (K * R * S * CG)
     tl.store(dw_ptr + offs_dw, acc, mask=mask_j[:, None] & mask_k[None, :])
     if db_ptr is not None:
         first = (r == 0) & (tile_j == 0)  # the others found the same sums
-        tl.store(db_ptr + row * K + k, acc_b, mask=mask_k & first)
+        tl.store(db_ptr + part * K + k, acc_b, mask=mask_k & first)
 
 
 @autotune(DEPTHWISE_CONFIGS, key=["C", "K", "R", "S", "STRIDE_W", "TILE_Q", "ACT", "RESAMPLE"])
