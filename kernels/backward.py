@@ -18,47 +18,60 @@ row-major, so they are torch's [N, C, H, W] and [K, C, R, S] in channels_last. N
 [4, C], coefficients float32 [4, K].
 
 Both gradients are sums over the same pairs of pixels, (h, w) of z and (p, q) = (h - r + PAD, ...)
-of dy, so one load of a pair's pixels serves two products. A pixel's *window* of a row p of dy is
-the S*K consecutive values that start PAD pixels to its left, j = t*K + k with t = S - 1 - s; a tile
-D[pixel, j] of them is multiplied by the turned filter, D @ w -> dz[pixel, c], and by z from the
-left, D^T z -> dw[j, c]: the windows fill the depth of one product and the rows of the other, which
-tensor cores want in 64s.
+of dy, so one load of a pair's pixels serves two products. For 3x3 two neighbours of z, i = 0 and
+1, share a *window* of a row of dy: the four pixels u = 0, 1, 2, 3 from the one before them on,
+whose 4*K values lie side by side. A tile D[window, (u, k)] is multiplied by the filter, spread out
+so that it does for both, w'[(u, k), (i, c)] = w[k, r, 2 - (u - i), c], 0 where u - i is no tap:
+
+    D @ w' -> dz[window, (i, c)]          D^T @ z[window, (i, c)] -> dw'[(u, k), (i, c)]
+
+A tap's gradient is the sum of dw' over i, added up with the other parts. So every dy is made twice
+(4 times were a window one pixel's, of 3 taps and a fourth for nothing), and the products have the
+64 rows and more that Hopper's tensor cores take at 16 channels.
 
 - conv2d_backward_rows_kernel, for 3x3: a program rolls down a strip. A step loads row p of windows
   and row p + 1 of x. Row p belongs to rows p - 1, p and p + 1 of z: three rows of dz grow in
   registers, the finished one is activated backward and stored; three rows of z meet D, into one
   accumulator a filter row. The two elder rows of z wait in registers; x of the finished row is read
-  again, from L1 or L2.
+  again, from L1 or L2. conv2d_backward_wide_rows_kernel is the same, tuned over other
+  configurations.
 - conv2d_backward_pixels_kernel, for 1x1: a program walks consecutive pixels; nothing waits.
 
 Bytes: a pass reads g, y, x (residual, add) and writes the gradient: (2K + 2C) elements a pixel
 where dgrad and wgrad apart move (4K + 3C), 4 T for 7 T at K = C. That leaves 6 T for a whole layer
 with its forward pass, not 9. What is read twice besides: two rows of dy a strip, from DRAM or L2,
-and the windows' overlap of S, from L1 (from L2 where loads are asynchronous). Partial sums are
-R*S*C*K float32 a program, written and read: 1% at 16 channels and CHAIN pixels, 2% at 32.
+and the windows' overlap, from L1. Partial sums are 2*9*C*K float32 a program, written and read: 2%
+at 16 channels and CHAIN pixels, 4% at 32.
 
 Work: 4*R*S*C*K FLOP a pixel. At 2-byte elements and K = C = 16, 32, 64 that is 72, 144 and 288
 FLOP a byte. An H200 turns from memory to arithmetic at 184, so at 16 and 32 channels the roof is
 the copy's: 30 and 60 ps a pixel at 4.3 TB/s. At 64 it is the arithmetic's, 187 ps, which two passes
 (119 + 89 ps by their bytes, 93 each by their work) come near without.
 
-Registers, which decide where this is possible at all. A thread of 256 holds, for 3x3 at 16 channels
-and 64 columns, 12 accumulators of dw and 12 of dz, 16 values of windows, and up to 80 of norms and
-coefficients, 8 channels of each in every layout in which they are used: 167 on sm_90, 200 with a
-residual. At 32 channels and 64 columns that is 48 of dw, 24 of dz and 32 of windows: 246. At 64
-channels dw alone takes 192: no room for windows, so conv2d_backward_fits ends at 32 channels, at 64
-for 1x1, and at half of that for 4-byte elements, whose IEEE products need their operands there too.
+Instructions come next to bytes: in those 30 ps an H200 issues 883 for a pixel of 16 channels, a
+lane's counted each, and moves 883 bytes in shared memory. A step of the first configuration, 128
+pixels of 16 channels with norm, coefficients and sums, is 750 SASS instructions of its four warps
+on sm_90, so 750 a pixel, and 740 bytes. At 32 channels it is 1960 of 1765. Hence no sum is reduced
+across lanes before the loop ends, no address or mask is made anew, and selects for what is beyond
+an image or a strip stand in branches that other tiles pass by.
 
-Instructions come next to bytes: what makes dy of (g, y), about seven a value, runs S times, once a
-window. At 16 channels that is half of what a processor can issue in the time that the bytes take.
+Registers decide where this is possible at all. A thread of 128 holds, for 3x3 at 16 channels and 64
+windows, 48 accumulators of dw, 32 of dz, 16 of sums, 16 registers of windows, as many of z, and 56
+of norms and coefficients, 8 channels of each: 243 on sm_90. A residual has no room for the last,
+which are loaded anew a step. At 32 channels twice the threads hold 96 of dw. At 64 channels dw
+alone would take 192 and more, so conv2d_backward_fits ends at 32 channels, at 64 for 1x1, and at
+half of that for 4-byte elements, whose IEEE products need their operands there too.
 
 Exactness is kernels/wgrad.py's: no sum is longer than CHAIN pixels, parts are added in a tree, all
 in one order. A z that is not finite is multiplied by the zeros around dy: at an image's border the
 taps that do not meet it become NaN as well.
 """
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
+from triton.runtime.autotuner import Autotuner
 
 from ._tune import autotune
 from .aot import Variant
@@ -73,18 +86,31 @@ def _config(VALUES, **options):
     return triton.Config({"VALUES": VALUES}, **options)
 
 
-# The first must fit every supported device: tests and the interpreter pin it. Eight warps are for
-# NVIDIA: on AMD they are 512 lanes, which leaves each half of the registers it needs at 32 channels
-# and more. For the 1x1 kernel at 64 channels no such configuration is without spills there.
-ROWS_CONFIGS = [
-    # One stage: no asynchronous copies, which pass L1 by and fetch each window anew from L2.
-    _config(512, num_warps=4, num_stages=1),
-    _config(512, num_warps=8, num_stages=2),
-    _config(1024, num_warps=8, num_stages=2),
-    # At 32 channels for Hopper, whose tensor cores read filters from shared memory: elsewhere
-    # these fill registers.
-    _config(2048, num_warps=8, num_stages=1),
-    _config(2048, num_warps=8, num_stages=2),
+def _rows_config(VALUES, PAIRED, num_warps, num_stages=1):
+    """Return a configuration of the 3x3 kernel, FOLD the rows that a lane has of a tile.
+
+    PAIRED says whether a window serves two pixels, of 2 bytes a value.
+    """
+    kwargs = {"VALUES": VALUES, "PAIRED": PAIRED, "FOLD": max(1, VALUES // (256 * num_warps))}
+    return triton.Config(kwargs, num_warps=num_warps, num_stages=num_stages)
+
+
+# The first must run on every supported device: tests and the interpreter pin it. Eight warps are
+# for NVIDIA: on AMD they are 512 lanes, which leaves each half of the registers it needs at 32
+# channels and more. For the 1x1 kernel at 64 channels no such configuration is without spills
+# there. One stage: asynchronous copies pass L1 by, which windows overlap in, and shared memory,
+# which they go through, has no time to spare.
+ROWS_CONFIGS = [  # up to 16 channels
+    _rows_config(2048, True, num_warps=4),
+    _rows_config(2048, True, num_warps=8),
+    _rows_config(512, False, num_warps=4),
+]
+ROWS_KEY = ["C", "K", "PRECISION", "ACT"]
+WIDE_ROWS_CONFIGS = [  # up to 32 channels, and 4-byte elements
+    _rows_config(2048, True, num_warps=8),
+    _rows_config(4096, True, num_warps=8),  # for Hopper
+    _rows_config(1024, True, num_warps=4),  # for AMD
+    _rows_config(512, False, num_warps=4),
 ]
 PIXELS_CONFIGS = [
     _config(1024, num_warps=4, num_stages=1),
@@ -99,25 +125,71 @@ def range_pixels(M: int) -> int:
 
 
 @triton.jit
+def _wide(x):
+    """Return x in float32; of bfloat16 by an instruction each: conversions take three for two."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _preactivation(
     x, residual, mean, scale, shift, mean_r, scale_r,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr,
 ):  # fmt: skip
     """Return norm(x) + residual_norm(residual) in float32; shift is the sum of both shifts."""
-    pre = x.to(tl.float32)
+    pre = _wide(x)
     if NORM:
-        pre = (pre - mean) * scale
+        pre = (pre - mean) * scale + shift
+    elif RESIDUAL_NORM:
+        pre += shift
     if RESIDUAL:
-        r = residual.to(tl.float32)
+        r = _wide(residual)
         if RESIDUAL_NORM:
             r = (r - mean_r) * scale_r
         pre += r
-    if NORM or RESIDUAL_NORM:
-        pre += shift
     return pre
 
 
-@autotune(ROWS_CONFIGS, key=["C", "K", "PRECISION", "ACT"])
+@triton.constexpr_function
+def window_pixels(PAIRED: bool, bits: int) -> int:
+    """Return how many pixels of z share a window of four of dy."""
+    return 2 if PAIRED and bits == 16 else 1
+
+
+@triton.constexpr_function
+def tile_columns(VALUES: int, PAIRED: bool, C: int, K: int, bits: int) -> int:
+    """Return how many columns a tile of the 3x3 kernel has.
+
+    Half as many bytes of float32: its operands take registers, without tensor cores.
+    """
+    return max(16 * window_pixels(PAIRED, bits), tile_pixels(VALUES * 16 // bits, C, K, bits))
+
+
+@triton.jit
+def _load_norms(norm_ptr, residual_norm_ptr, offs_c, mask_c, C):
+    """Return mean and scale of x, both shifts' sum, mean and scale of the residual; or zeros."""
+    mean, scale, shift = 0.0, 0.0, 0.0
+    mean_r, scale_r = 0.0, 0.0
+    if norm_ptr is not None:
+        mean, scale, shift = load_norm(norm_ptr, offs_c, mask_c, C)
+    if residual_norm_ptr is not None:
+        mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, offs_c, mask_c, C)
+        shift += shift_r
+    return mean, scale, shift, mean_r, scale_r
+
+
+@triton.jit
+def _load_coefficients(coef_ptr, offs_u, offs_k, mask_k, K, PAIR: tl.constexpr):
+    """Return mean, a, b and d of a window's channels."""
+    if PAIR == 1:
+        # Of the fourth u all are 0: what they make of masked values may be no number of this type.
+        offs_k += 0 * offs_u
+        mask_k = mask_k & (offs_u < 3)
+    return load_coefficients(coef_ptr, offs_k, mask_k, K)
+
+
+@autotune(ROWS_CONFIGS, ROWS_KEY)
 @triton.jit
 def conv2d_backward_rows_kernel(
     g_ptr, y_ptr, coef_ptr,  # [N, H, W, K], as g or None, [4, K] or None
@@ -129,17 +201,21 @@ def conv2d_backward_rows_kernel(
     C: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     WIDEN: tl.constexpr,  # multiply in float32: for the interpreter, whose bfloat16 dot is wrong
-    VALUES: tl.constexpr,
+    VALUES: tl.constexpr, PAIRED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """Write a [rows, columns, C] strip of the gradient, and its part of every sum."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    COLUMNS: tl.constexpr = tile_pixels(VALUES, C, K, TYPE.primitive_bitwidth)
-    BLOCK_K: tl.constexpr = fit(64, K, 4)
-    BLOCK_J: tl.constexpr = 4 * BLOCK_K  # t < 3 of four
-    BLOCK_C: tl.constexpr = fit(64, C)
+    PAIR: tl.constexpr = window_pixels(PAIRED, TYPE.primitive_bitwidth)
+    COLUMNS: tl.constexpr = tile_columns(VALUES, PAIRED, C, K, TYPE.primitive_bitwidth)
+    WINDOWS: tl.constexpr = COLUMNS // PAIR
+    BLOCK_K: tl.constexpr = fit(64, K, 16 // PAIR)
+    BLOCK_C: tl.constexpr = fit(64, C, 16 // PAIR)
+    ROWS: tl.constexpr = 4 * BLOCK_K
+    BLOCK_J: tl.constexpr = PAIR * BLOCK_C
     NORM: tl.constexpr = norm_ptr is not None
     RESIDUAL: tl.constexpr = residual_ptr is not None
     RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
+    RELOAD: tl.constexpr = RESIDUAL or BLOCK_C * BLOCK_K > 256  # whose tables need the registers
     COEF: tl.constexpr = coef_ptr is not None
     PLAIN: tl.constexpr = not NORM and not RESIDUAL and ACT == "none"
 
@@ -152,31 +228,27 @@ def conv2d_backward_rows_kernel(
     n = (pid // tiles_q // tiles_h).to(tl.int64)  # N*H*W*C may pass 2**31
     last = tl.minimum(h0 + rows, H)  # the first row that is another strip's
 
-    offs_q = tl.arange(0, COLUMNS)
-    offs_j = tl.arange(0, BLOCK_J)
-    offs_c = tl.arange(0, BLOCK_C)
-    t = offs_j // BLOCK_K
-    k = offs_j % BLOCK_K
-    mask_j = (t < 3) & (k < K)
-    mask_c = offs_c < C
-    offs_t = tl.arange(0, 4)[None, :, None]
+    # As [window, u, k] and [window, i, c], so that a mask is one bit for all channels.
+    offs_m = tl.arange(0, WINDOWS)[:, None, None] * PAIR
+    offs_u = tl.arange(0, 4)[None, :, None]
+    offs_i = tl.arange(0, PAIR)[None, :, None]
     offs_k = tl.arange(0, BLOCK_K)[None, None, :]
+    offs_c = tl.arange(0, BLOCK_C)[None, None, :]
     mask_k = offs_k < K
+    mask_c = offs_c < C
 
-    mean, scale, shift = 0.0, 0.0, 0.0
-    mean_r, scale_r, shift_r = 0.0, 0.0, 0.0
-    mean_y, a, b, d = 0.0, 0.0, 0.0, 0.0
-    if NORM:
-        mean, scale, shift = load_norm(norm_ptr, offs_c, mask_c, C)
-    if RESIDUAL_NORM:
-        mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, offs_c, mask_c, C)
-        shift += shift_r
-    if COEF:
-        # Of the fourth t all are 0: what they make of masked values may be no number of this type.
-        mean_y, a, b, d = load_coefficients(coef_ptr, offs_k + 0 * offs_t, mask_k & (offs_t < 3), K)
-
-    offs_w = (k * 9 + 2 - t)[:, None] * C + offs_c[None, :]
-    mask_w = mask_j[:, None] & mask_c[None, :]
+    if not RELOAD:
+        mean, scale, shift, mean_r, scale_r = _load_norms(
+            norm_ptr, residual_norm_ptr, offs_c, mask_c, C
+        )
+    if COEF and not RELOAD:
+        mean_y, a, b, d = _load_coefficients(coef_ptr, offs_u, offs_k, mask_k, K, PAIR)
+    # The filter, and where its gradient goes: as [u, k, i, c], where t = u - i is a tap.
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_J)[None, :]
+    t = row // BLOCK_K - column // BLOCK_C
+    offs_w = (row % BLOCK_K * 9 + 2 - t) * C + column % BLOCK_C
+    mask_w = (t >= 0) & (t < 3) & (row % BLOCK_K < K) & (column % BLOCK_C < C)
     w0 = tl.load(w_ptr + offs_w, mask=mask_w, other=0.0)
     w1 = tl.load(w_ptr + 3 * C + offs_w, mask=mask_w, other=0.0)
     w2 = tl.load(w_ptr + 6 * C + offs_w, mask=mask_w, other=0.0)
@@ -185,72 +257,83 @@ def conv2d_backward_rows_kernel(
         w1 = w1.to(tl.float32)
         w2 = w2.to(tl.float32)
 
-    # Row p of dy is a row behind that of x, and a row before that which it finishes.
+    # Row h of z meets row h - 1 of dy and finishes row h - 2. Pointers stay inside of the image.
     base = (n * H + h0) * W + q0
-    base_dy = (base - W - 1) * K
+    base_dy = (base - tl.where(h0 > 0, W, 0)) * K
     g_ptr += base_dy
     if COEF:
         y_ptr += base_dy
     x_ptr += base * C
+    x_done_ptr = x_ptr
     if RESIDUAL:
         residual_ptr += base * C
-    base_done = (base - 2 * W) * C
+        r_done_ptr = residual_ptr
     if add_ptr is not None:
-        add_ptr += base_done
-    gradient_ptr += base_done
+        add_ptr += base * C
+    gradient_ptr += base * C
 
-    # Windows are loaded as [pixel, t, k], so that a mask is one bit for all k.
-    w = q0 - 1 + offs_q[:, None, None] + offs_t
-    # A column beyond the image may not see dy: its z is 0, and Inf * 0 would be NaN.
-    mask_q = q0 + offs_q < W
-    mask_window = (w >= 0) & (w < W) & (offs_t < 3) & mask_q[:, None, None]
+    w = q0 - 1 + offs_m + offs_u
+    # A window whose pixels are beyond the image may not see dy: their z is 0, and Inf * 0 is NaN.
+    mask_dy = (w >= 0) & (w < W) & (offs_u < PAIR + 2) & (q0 + offs_m < W)
+    if BLOCK_K != K:
+        mask_dy = mask_dy & mask_k
+    mask_x = (q0 + offs_m + offs_i < W) & mask_c
     edge = (q0 == 0) | (q0 + COLUMNS >= W)
-    offs_dy = (offs_q[:, None, None] + offs_t) * K + offs_k
-    mask_tile = mask_q[:, None] & mask_c[None, :]
-    offs_x = offs_q[:, None] * C + offs_c[None, :]
+    offs_dy = (offs_m + offs_u - 1) * K + offs_k
+    offs_x = (offs_m + offs_i) * C + offs_c
 
-    acc1 = tl.zeros((COLUMNS, BLOCK_C), dtype=tl.float32)  # a row of dz that has met r = 2
-    acc2 = tl.zeros((COLUMNS, BLOCK_C), dtype=tl.float32)  # the row above it, also r = 1
-    dw0 = tl.zeros((BLOCK_J, BLOCK_C), dtype=tl.float32)
-    dw1 = tl.zeros((BLOCK_J, BLOCK_C), dtype=tl.float32)
-    dw2 = tl.zeros((BLOCK_J, BLOCK_C), dtype=tl.float32)
-    db = tl.zeros((BLOCK_J,), dtype=tl.float32)
-    sum_g = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    sum_x = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    sum_r = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    z1 = tl.zeros((COLUMNS, BLOCK_C), dtype=TYPE)
-    z2 = tl.zeros((COLUMNS, BLOCK_C), dtype=TYPE)
+    acc1 = tl.zeros((WINDOWS, BLOCK_J), dtype=tl.float32)  # a row of dz that has met r = 2
+    acc2 = tl.zeros((WINDOWS, BLOCK_J), dtype=tl.float32)  # the row above it, also r = 1
+    dw0 = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    dw1 = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    dw2 = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    db = tl.zeros((ROWS, 16), dtype=tl.float32)
+    sum_g = tl.zeros((WINDOWS // FOLD, PAIR, BLOCK_C), dtype=tl.float32)
+    sum_x = tl.zeros((WINDOWS // FOLD, PAIR, BLOCK_C), dtype=tl.float32)
+    sum_r = tl.zeros((WINDOWS // FOLD, PAIR, BLOCK_C), dtype=tl.float32)
+    z1 = tl.zeros((WINDOWS, BLOCK_J), dtype=TYPE)
+    z2 = tl.zeros((WINDOWS, BLOCK_J), dtype=TYPE)
     for h in range(h0, h0 + rows + 2):  # the row of x; the last two are another strip's
         p = h - 1
-        mask_dy = mask_window & (p >= 0) & (p < H)
-        if BLOCK_K != K:
-            mask_dy = mask_dy & mask_k
         dy = tl.load(g_ptr + offs_dy, mask=mask_dy, other=0.0)
         if COEF:
-            y = tl.load(y_ptr + offs_dy, mask=mask_dy, other=0.0).to(tl.float32)
-            dy = (a * dy.to(tl.float32) + (b * (y - mean_y) + d)).to(TYPE)
-            if edge | (p < 0) | (p >= H):  # a select for each value, which inner tiles save
-                dy = tl.where(mask_dy, dy, 0.0)
-        dy = tl.reshape(dy, (COLUMNS, BLOCK_J))
-        mask_x = mask_tile & (h < last)
+            if RELOAD:
+                mean_y, a, b, d = _load_coefficients(coef_ptr, offs_u, offs_k, mask_k, K, PAIR)
+            y = _wide(tl.load(y_ptr + offs_dy, mask=mask_dy, other=0.0))
+            dy = (a * _wide(dy) + (b * (y - mean_y) + d)).to(TYPE)
+        # A select for each value, which inner tiles save. What keeps ptxas from selecting always
+        # instead of branching is the barrier.
+        if edge | (p < 0) | (p >= H):
+            tl.debug_barrier()
+            dy = tl.where(mask_dy & (p >= 0) & (p < H), dy, 0.0)
+        dy = tl.reshape(dy, (WINDOWS, ROWS))
+        if RELOAD:
+            mean, scale, shift, mean_r, scale_r = _load_norms(
+                norm_ptr, residual_norm_ptr, offs_c, mask_c, C
+            )
         x0 = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
         r0 = x0
         if RESIDUAL:
             r0 = tl.load(residual_ptr + offs_x, mask=mask_x, other=0.0)
-        if PLAIN:
-            z0 = x0
-        else:
+        z0 = x0
+        if not PLAIN:
             z0 = _preactivation(
                 x0, r0, mean, scale, shift, mean_r, scale_r,
                 NORM, RESIDUAL, RESIDUAL_NORM,
             )  # fmt: skip
-            z0 = tl.where(mask_x, activate(z0, ACT, SLOPE), 0.0).to(TYPE)
+            z0 = activate(z0, ACT, SLOPE).to(TYPE)
+        if edge | (h >= last):
+            tl.debug_barrier()
+            z0 = tl.where(mask_x & (h < last), z0, 0.0)
+        z0 = tl.reshape(z0, (WINDOWS, BLOCK_J))
 
-        if db_ptr is not None:
-            db += tl.where((p >= h0) & (p < last), tl.sum(dy.to(tl.float32), 0), 0.0)
         if WIDEN:
             dy = dy.to(tl.float32)
         turned = tl.trans(dy)
+        if db_ptr is not None:
+            ones = tl.full((WINDOWS, 16), 1.0, dy.dtype)
+            more = tl.dot(turned, ones, input_precision="ieee")
+            db += tl.where((p >= h0) & (p < last), more, 0.0)
         dw2 = tl.dot(turned, z0.to(dy.dtype), dw2, input_precision=PRECISION)
         dw1 = tl.dot(turned, z1.to(dy.dtype), dw1, input_precision=PRECISION)
         dw0 = tl.dot(turned, z2.to(dy.dtype), dw0, input_precision=PRECISION)
@@ -259,13 +342,15 @@ def conv2d_backward_rows_kernel(
         acc1 = tl.dot(dy, w2, input_precision=PRECISION)
 
         # Row h - 2 is finished; in the first two steps it is the strip's above.
-        mask = mask_tile & (h >= h0 + 2) & (h - 2 < last)
+        finished = (h >= h0 + 2) & (h - 2 < last)
+        mask = mask_x & finished
+        dz = tl.reshape(dz, (WINDOWS, PAIR, BLOCK_C))
         if add_ptr is not None:
-            dz += tl.load(add_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + (offs_x - 2 * W * C), mask=mask, other=0.0)
+            dz += tl.load(add_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+        x2 = tl.load(x_done_ptr + offs_x, mask=mask_x, other=0.0)
         r2 = x2
         if RESIDUAL:
-            r2 = tl.load(residual_ptr + (offs_x - 2 * W * C), mask=mask, other=0.0)
+            r2 = tl.load(r_done_ptr + offs_x, mask=mask_x, other=0.0)
         if ACT != "none":
             pre = _preactivation(
                 x2, r2, mean, scale, shift, mean_r, scale_r,
@@ -275,38 +360,70 @@ def conv2d_backward_rows_kernel(
         gradient = dz.to(TYPE)
         tl.store(gradient_ptr + offs_x, gradient, mask=mask)
         if sums_ptr is not None:
-            stored = tl.where(mask, gradient.to(tl.float32), 0.0)
-            sum_g += tl.sum(stored, 0)
-            sum_x += tl.sum(stored * (x2.to(tl.float32) - mean), 0)
+            stored = _wide(gradient)
+            if edge | (not finished):
+                tl.debug_barrier()
+                stored = tl.where(mask, stored, 0.0)
+            sum_g += tl.sum(tl.reshape(stored, (FOLD, WINDOWS // FOLD, PAIR, BLOCK_C)), 0)
+            sum_x += tl.sum(
+                tl.reshape(stored * (_wide(x2) - mean), (FOLD, WINDOWS // FOLD, PAIR, BLOCK_C)), 0
+            )
             if RESIDUAL:
-                sum_r += tl.sum(stored * (r2.to(tl.float32) - mean_r), 0)
+                sum_r += tl.sum(
+                    tl.reshape(
+                        stored * (_wide(r2) - mean_r), (FOLD, WINDOWS // FOLD, PAIR, BLOCK_C)
+                    ),
+                    0,
+                )
 
-        # The selects change nothing, for rows are 0 off the tile already. But triton pipelines no
-        # loop that hands a value on from step to step untouched.
-        z2 = tl.where(mask_tile, z1, 0.0)
+        z2 = z1
         z1 = z0
-        g_ptr += W * K
+        # These change nothing, but use the products. Else Hopper would go on with them in the next
+        # step, where the registers that they trade are none to wait for: ptxas would serialise
+        # every product.
+        acc1 = acc1.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+        acc2 = acc2.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+        step_dy = tl.where((p >= 0) & (p < H - 1), W * K, 0)
+        g_ptr += step_dy
         if COEF:
-            y_ptr += W * K
-        x_ptr += W * C
+            y_ptr += step_dy
+        step = tl.where(h < last - 1, W * C, 0)
+        x_ptr += step
         if RESIDUAL:
-            residual_ptr += W * C
+            residual_ptr += step
+        step = tl.where((h >= h0 + 2) & (h - 2 < last - 1), W * C, 0)
+        x_done_ptr += step
+        if RESIDUAL:
+            r_done_ptr += step
         if add_ptr is not None:
-            add_ptr += W * C
-        gradient_ptr += W * C
+            add_ptr += step
+        gradient_ptr += step
 
-    part = pid.to(tl.int64)
+    # A tap has as many parts as windows have pixels.
+    part = pid.to(tl.int64) * PAIR
     dw_ptr += part * (K * 9 * C)
+    offs_w += column // BLOCK_C * (K * 9 * C)
     tl.store(dw_ptr + offs_w, dw0, mask=mask_w)
     tl.store(dw_ptr + 3 * C + offs_w, dw1, mask=mask_w)
     tl.store(dw_ptr + 6 * C + offs_w, dw2, mask=mask_w)
     if db_ptr is not None:
-        tl.store(db_ptr + part * K + k, db, mask=mask_j & (t == 1))  # a window's middle: its pixel
+        offs_j = tl.arange(0, ROWS)
+        u = offs_j // BLOCK_K
+        k = offs_j % BLOCK_K
+        mask_own = (u > 0) & (u <= PAIR) & (k < K)  # a window's own pixels
+        tl.store(db_ptr + (part + u - 1) * K + k, tl.max(db, 1), mask=mask_own)
     if sums_ptr is not None:
-        sums_ptr += part * (3 * C) + offs_c
-        tl.store(sums_ptr, sum_g, mask=mask_c)
-        tl.store(sums_ptr + C, sum_x, mask=mask_c)
-        tl.store(sums_ptr + 2 * C, sum_r, mask=mask_c)
+        offs_c = tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        sums_ptr += pid.to(tl.int64) * (3 * C) + offs_c
+        tl.store(sums_ptr, tl.sum(tl.sum(sum_g, 0), 0), mask=mask_c)
+        tl.store(sums_ptr + C, tl.sum(tl.sum(sum_x, 0), 0), mask=mask_c)
+        tl.store(sums_ptr + 2 * C, tl.sum(tl.sum(sum_r, 0), 0), mask=mask_c)
+
+
+conv2d_backward_wide_rows_kernel = autotune(WIDE_ROWS_CONFIGS, ROWS_KEY)(
+    conv2d_backward_rows_kernel.fn
+)
 
 
 @autotune(PIXELS_CONFIGS, key=["C", "K", "PRECISION", "ACT"])
@@ -428,13 +545,33 @@ def conv2d_backward_fits(C: int, K: int, R: int, S: int, itemsize: int) -> bool:
     return max(C, K) * itemsize <= 2 * most
 
 
+def conv2d_backward_kernel(C: int, K: int, R: int, itemsize: int) -> Autotuner:
+    """Return the kernel of an R x R filter, R = 1 or 3, tuned over configurations for these."""
+    if R == 1:
+        return conv2d_backward_pixels_kernel
+    narrow = max(C, K) * itemsize <= 32
+    return conv2d_backward_rows_kernel if narrow else conv2d_backward_wide_rows_kernel
+
+
 def conv2d_backward_programs(
-    N: int, H: int, W: int, C: int, K: int, R: int, itemsize: int, VALUES: int
+    N: int, H: int, W: int, C: int, K: int, R: int, itemsize: int, config: Mapping
 ) -> int:
-    """Return how many programs share N x H x W pixels, in the configuration of these VALUES."""
+    """Return how many programs share N x H x W pixels in a configuration, its constants."""
     if R == 1:
         return triton.cdiv(N * H * W, range_pixels(N * H * W))
-    return strips(N, H, W, strip_area(N, H, W), tile_pixels(VALUES, C, K, 8 * itemsize))
+    return strips(N, H, W, strip_area(N, H, W), _columns(C, K, R, itemsize, config))
+
+
+def conv2d_backward_parts(R: int, itemsize: int, config: Mapping) -> int:
+    """Return how many parts of dw and db a program leaves."""
+    return 1 if R == 1 else window_pixels(config["PAIRED"], 8 * itemsize)
+
+
+def _columns(C: int, K: int, R: int, itemsize: int, config: Mapping) -> int:
+    """Return how many pixels a tile has, side by side if R is 3."""
+    if R == 1:
+        return tile_pixels(config["VALUES"], C, K, 8 * itemsize)
+    return tile_columns(config["VALUES"], config["PAIRED"], C, K, 8 * itemsize)
 
 
 def conv2d_backward_bytes(
@@ -445,14 +582,14 @@ def conv2d_backward_bytes(
     dy is 1 where dy is g, 2 where y takes part; z is 1, and 2 with a residual; others counts the
     gradient and what is added to it.
     """
-    kernel = conv2d_backward_pixels_kernel if R == 1 else conv2d_backward_rows_kernel
-    config = kernel.every_config[0].kwargs
-    programs = conv2d_backward_programs(N, H, W, C, K, R, itemsize, **config)
-    columns = tile_pixels(**config, C=C, K=K, bits=8 * itemsize)
+    config = conv2d_backward_kernel(C, K, R, itemsize).every_config[0].kwargs
+    parts = conv2d_backward_programs(N, H, W, C, K, R, itemsize, config)
+    parts *= conv2d_backward_parts(R, itemsize, config)
     # Two rows of a strip's neighbours.
+    columns = _columns(C, K, R, itemsize, config)
     twice = 1 if R == 1 else 1 + 2 / strip_rows(H, strip_area(N, H, W), columns)
     images = N * H * W * itemsize * (dy * K * twice + (z + others) * C)
-    return int(images) + 8 * programs * R * R * C * K  # a part is written and read
+    return int(images) + 8 * parts * R * R * C * K  # a part is written and read
 
 
 def two_pass_bytes(
@@ -490,7 +627,7 @@ def conv2d_backward_variant(
     dtype is "fp32", "fp16" or "bf16"; norm, residual (with a norm of its own), coef and add say
     what takes part. The configuration is the kernel's first, unless another is given.
     """
-    kernel = conv2d_backward_rows_kernel if R == 3 else conv2d_backward_pixels_kernel
+    kernel = conv2d_backward_kernel(C, K, R, 4 if dtype == "fp32" else 2)
     present = {
         "g_ptr": dtype,
         "y_ptr": dtype if coef else None,

@@ -195,20 +195,23 @@ def _launch(
     from ..kernels._tune import interpreting
 
     (N, C, H, W), (K, _, R, S) = p.x.shape, weight.shape
-    kernel = kernels.conv2d_backward_rows_kernel
-    if R == 1:
-        kernel = kernels.conv2d_backward_pixels_kernel
+    kernel = kernels.conv2d_backward_kernel(C, K, R, g.itemsize)
 
     def programs(config: dict) -> int:
-        return kernels.conv2d_backward_programs(N, H, W, C, K, R, g.itemsize, config["VALUES"])
+        return kernels.conv2d_backward_programs(N, H, W, C, K, R, g.itemsize, config)
+
+    def parts(config: dict) -> int:  # of dw and db
+        return programs(config) * kernels.conv2d_backward_parts(R, g.itemsize, config)
 
     def table(t: torch.Tensor | None) -> torch.Tensor | None:
         return None if t is None else t.contiguous()
 
     # How many programs there are, the configuration says that the launch takes.
-    most = max(programs(config.kwargs) for config in kernel.every_config)
+    configs = [config.kwargs for config in kernel.every_config]
     gradient = empty_image(p.x)
-    parts = g.new_empty((most, 3, C), dtype=torch.float32) if sums else None
+    most = max(map(programs, configs))
+    total = g.new_empty((most, 3, C), dtype=torch.float32) if sums else None
+    most = max(map(parts, configs))
     dw = g.new_empty((most, K, R, S, C), dtype=torch.float32)
     db = g.new_empty((most, K), dtype=torch.float32) if bias else None
     M = N * H * W
@@ -217,14 +220,18 @@ def _launch(
     with torch.cuda.device_of(g):  # triton launches on the current device
         kernel[lambda meta: (programs(meta),)](
             dense(g), dense(y), table(coef), dense(weight), dense(p.x), table(p.norm),
-            dense(p.residual), table(p.residual_norm), dense(add), gradient, parts, dw, db, *sizes,
+            dense(p.residual), table(p.residual_norm), dense(add), gradient, total, dw, db, *sizes,
             C=C, K=K, ACT=p.act, SLOPE=p.slope if p.act == "leaky_relu" else 0.0,
             PRECISION="tf32" if tf32 else "ieee", WIDEN=interpreting(),
         )  # fmt: skip
-        T = programs(kernel.best_config.kwargs)
+        best = kernel.best_config.kwargs
+        T = parts(best)
         dw = sum_parts(dw[:T]).permute(0, 3, 1, 2)
         db = sum_parts(db[:T]) if bias else g.new_empty(0, dtype=torch.float32)
-        total = merge_sums_triton(parts[:T]) if sums else g.new_empty(0, dtype=torch.float32)
+        if sums:
+            total = merge_sums_triton(total[: programs(best)])
+        else:
+            total = g.new_empty(0, dtype=torch.float32)
     return gradient, total, dw, db
 
 

@@ -154,16 +154,14 @@ def test_kernel_computes_the_formula(case, dtype, rng, interpreted, poisoned):
     assert_close(results, given)
 
 
-@pytest.mark.parametrize("R", [1, 3])
-def test_every_configuration_computes_the_formula(R, rng, interpreted, poisoned):
+@pytest.mark.parametrize(("K", "R"), [(16, 1), (16, 3), (32, 3)])
+def test_every_configuration_computes_the_formula(K, R, rng, interpreted, poisoned):
     from fullres.kernels import backward
     from fullres.kernels._tune import pinned
 
-    kernel = (
-        backward.conv2d_backward_rows_kernel if R == 3 else backward.conv2d_backward_pixels_kernel
-    )
+    kernel = backward.conv2d_backward_kernel(3, K, R, 2)
     for config in kernel.every_config:
-        given = arguments(Case(C=3, K=16, H=2, W=140, R=R, **ALL), torch.float16, rng)
+        given = arguments(Case(C=3, K=K, H=2, W=141, R=R, **ALL), torch.float16, rng)
         with one_pass(), pinned(kernel, config):
             assert_close(conv2d_backward_triton(*given), given)
 
@@ -189,10 +187,12 @@ def test_no_sum_is_longer_than_a_chain_and_programs_fill_a_device():
     for M in (1, 1000, 8 * 1280 * 2048, 50_000**2):
         pixels = backward.range_pixels(M)
         assert pixels % backward.MOST_PIXELS == 0 and pixels <= CHAIN
-        assert backward.conv2d_backward_programs(1, 1, M, 16, 16, 1, 2, 1024) * pixels >= M
+        assert backward.conv2d_backward_programs(1, 1, M, 16, 16, 1, 2, {}) * pixels >= M
     for R in (1, 3):  # 2**31 elements and more, in launches of one axis
-        assert backward.conv2d_backward_programs(64, 1280, 2048, 16, 16, R, 2, 1024) < 2**31
-        assert backward.conv2d_backward_programs(1, 1280, 2048, 16, 16, R, 2, 1024) >= 400
+        for config in backward.conv2d_backward_kernel(16, 16, R, 2).every_config:
+            rest = 16, 16, R, 2, config.kwargs
+            assert backward.conv2d_backward_programs(64, 1280, 2048, *rest) < 2**31
+            assert backward.conv2d_backward_programs(1, 1280, 2048, *rest) >= 400
 
 
 @pytest.mark.parametrize("R", [1, 3])
@@ -516,10 +516,8 @@ def test_device_computes_the_formula_in_every_configuration(R, dtype, rng):
     from fullres.kernels import backward
     from fullres.kernels._tune import pinned
 
-    kernel = (
-        backward.conv2d_backward_rows_kernel if R == 3 else backward.conv2d_backward_pixels_kernel
-    )
     channels = 16 if dtype == torch.float32 else 32
+    kernel = backward.conv2d_backward_kernel(channels, channels, R, dtype.itemsize)
     for config in kernel.every_config:
         case = Case(N=2, C=channels, K=channels, H=61, W=150, R=R, **ALL)
         given = arguments(case, dtype, rng, "cuda")

@@ -10,7 +10,9 @@ from fullres.kernels import aot
 from fullres.kernels.backward import (
     PIXELS_CONFIGS,
     ROWS_CONFIGS,
+    WIDE_ROWS_CONFIGS,
     conv2d_backward_fits,
+    conv2d_backward_kernel,
     conv2d_backward_variant,
 )
 
@@ -21,22 +23,21 @@ SPILL_LIMIT = 64  # bytes a thread: a few rarely used values, which L1 holds
 FUSED = {"norm": True, "act": "leaky_relu", "coef": True, "sums": True}
 ALL = {**FUSED, "residual": True, "add": True, "bias": True}
 EVERY, NVIDIA, HOPPER = ("sm_80", "sm_90", "gfx942"), ("sm_80", "sm_90"), ("sm_90",)
+AMD = ("gfx942",)
 
 CASES = {  # name: dtype, C, K, R, options, the targets that its configuration is for
     "16-16-first": ("bf16", 16, 16, 3, ALL, EVERY),
-    "16-16-config1": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[1]}, EVERY),
-    "16-16-config2": ("bf16", 16, 16, 3, {**FUSED, "config": ROWS_CONFIGS[2]}, EVERY),
-    "16-16-config3": ("bf16", 16, 16, 3, {**FUSED, "config": ROWS_CONFIGS[3]}, HOPPER),
-    "16-16-config4": ("bf16", 16, 16, 3, {**FUSED, "config": ROWS_CONFIGS[4]}, HOPPER),
+    "16-16-config1": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[1]}, NVIDIA),
+    "16-16-config2": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[2]}, EVERY),
     "16-16-plain": ("bf16", 16, 16, 3, {}, EVERY),
-    # With a residual 80 bytes on sm_80, where the next configuration has none.
-    "32-32-first": ("bf16", 32, 32, 3, FUSED, EVERY),
-    "32-32-config1": ("bf16", 32, 32, 3, {**ALL, "config": ROWS_CONFIGS[1]}, NVIDIA),
-    "32-32-config2": ("bf16", 32, 32, 3, {**FUSED, "config": ROWS_CONFIGS[2]}, HOPPER),
-    "32-32-config4": ("bf16", 32, 32, 3, {**FUSED, "config": ROWS_CONFIGS[4]}, HOPPER),
-    "16-32": ("bf16", 16, 32, 3, ALL, EVERY),
-    "32-16": ("bf16", 32, 16, 3, ALL, EVERY),
-    "24-20-fp16": ("fp16", 24, 20, 3, FUSED, EVERY),
+    "32-32-first": ("bf16", 32, 32, 3, ALL, HOPPER),
+    "32-32-config1": ("bf16", 32, 32, 3, {**FUSED, "config": WIDE_ROWS_CONFIGS[1]}, HOPPER),
+    "32-32-config2": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[2]}, AMD),
+    "32-32-config3": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[3]}, EVERY),
+    "16-32": ("bf16", 16, 32, 3, ALL, HOPPER),
+    "32-16": ("bf16", 32, 16, 3, ALL, HOPPER),
+    "24-20-fp16": ("fp16", 24, 20, 3, FUSED, HOPPER),
+    "24-20-fp16-last": ("fp16", 24, 20, 3, {**FUSED, "config": WIDE_ROWS_CONFIGS[-1]}, EVERY),
     "16-16-fp32": ("fp32", 16, 16, 3, ALL, EVERY),
     "16-16-tf32": ("fp32", 16, 16, 3, {**ALL, "precision": "tf32"}, NVIDIA),
     "1x1-64-64-first": ("bf16", 64, 64, 1, ALL, EVERY),
@@ -46,15 +47,16 @@ CASES = {  # name: dtype, C, K, R, options, the targets that its configuration i
     "1x1-16-16-config1": ("bf16", 16, 16, 1, {**ALL, "config": PIXELS_CONFIGS[1]}, EVERY),
     "1x1-32-fp32": ("fp32", 32, 32, 1, ALL, EVERY),
 }
-WARP_GROUPS = [*((16, config) for config in ROWS_CONFIGS[2:]), (32, ROWS_CONFIGS[4])]
+WARP_GROUPS = [*((16, config) for config in ROWS_CONFIGS[:2]), (32, WIDE_ROWS_CONFIGS[1])]
 RUNS = [(case, target) for case, (*_, targets) in CASES.items() for target in targets]
 
 
 @pytest.mark.parametrize(("case", "target"), RUNS, ids=map("-".join, RUNS))
 def test_conv2d_backward_fits_and_uses_the_device(case, target):
     dtype, C, K, R, options, _ = CASES[case]
-    config = options.get("config") or (ROWS_CONFIGS if R == 3 else PIXELS_CONFIGS)[0]
-    assert conv2d_backward_fits(C, K, R, R, 4 if dtype == "fp32" else 2)
+    itemsize = 4 if dtype == "fp32" else 2
+    config = options.get("config") or conv2d_backward_kernel(C, K, R, itemsize).every_config[0]
+    assert conv2d_backward_fits(C, K, R, R, itemsize)
     report = aot.report(conv2d_backward_variant(dtype, C, K, R, **options), target)
     assert report.shared_bytes <= aot.SHARED_LIMIT[target]
     if report.registers is None:
@@ -65,7 +67,7 @@ def test_conv2d_backward_fits_and_uses_the_device(case, target):
     if dtype != "fp32" or target == "gfx942" or "precision" in options:
         # Warp groups take products of 64 rows and more, others are a warp's.
         assert report.wgmma or report.mma_sync or report.mfma
-    if target == "sm_90" and R == 3 and (C, config) in WARP_GROUPS:
+    if target == "sm_90" and itemsize == 2 and R == 3 and (max(C, K), config) in WARP_GROUPS:
         assert report.wgmma > 0 and not report.mma_sync
     if config.num_stages > 1 and target != "gfx942":
         assert report.async_copies > 0
