@@ -23,9 +23,10 @@ fill a product's depth (C = 3, S = 3 takes 16 values, not three times 16), and a
 
 - conv2d_fwd_kernel, for every shape: a program owns BLOCK_K channels of a range of tiles of
   BLOCK_M pixels, and walks for each the R rows in steps of BLOCK_J window values, one product
-  [pixels, j] @ [j, k] a step. For each block of channels it reads, and activates, a value of x up
-  to R*S times, from L1 or L2. The tiles of a range lie below each other, so that the rows of x that
-  two of them share come from a cache.
+  [pixels, j] @ [j, k] a step; of a filter of up to 64 values the rows follow each other in j, so
+  that a stem takes one step or two. For each block of channels it reads, and activates, a value of
+  x up to R*S times, from L1 or L2. The tiles of a range lie below each other, so that the rows of x
+  that two of them share come from a cache.
 - conv2d_fwd_rows_kernel, for 3x3 with few channels: a program rolls down a strip of rows, BLOCK_Q
   columns wide, with the whole filter in shared memory. It reads a row of windows once, for the
   three rows of y that it belongs to; two unfinished ones wait in registers. A window is of four
@@ -99,6 +100,12 @@ DEPTHWISE_CONFIGS = [
 def fit(most: int, needed: int, least: int = 16) -> int:
     """Return the power of two, least to most, that covers needed; tl.dot takes 16 or more."""
     return max(least, min(most, 1 << (needed - 1).bit_length()))
+
+
+@triton.constexpr_function
+def filter_rows(C: int, R: int, S: int, groups: int) -> int:
+    """Return how many rows of a filter are taken together: all of a small one, else one."""
+    return R if groups == 1 and R * S * C <= 64 else 1
 
 
 @triton.constexpr_function
@@ -198,8 +205,10 @@ def _products(
     """Return acc and the products of a tile's windows of one image with the filter."""
     BITS: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
     CG: tl.constexpr = C // GROUPS
-    BLOCK_J: tl.constexpr = step_values(MAX_J, BITS, S * CG, residual_ptr is not None)
-    STEPS_J: tl.constexpr = triton.cdiv(S * CG, BLOCK_J)
+    ROWS: tl.constexpr = filter_rows(C, R, S, GROUPS)
+    WIDTH: tl.constexpr = ROWS * S * CG  # of j
+    BLOCK_J: tl.constexpr = step_values(MAX_J, BITS, WIDTH, residual_ptr is not None)
+    STEPS_J: tl.constexpr = triton.cdiv(WIDTH, BLOCK_J)
     NORM: tl.constexpr = norm_ptr is not None
     RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
     PLAIN: tl.constexpr = not NORM and residual_ptr is None and ACT == "none"
@@ -215,16 +224,17 @@ def _products(
     w0 = q0 * STRIDE_W - PAD_W
     pixels = (offs_p * (STRIDE_H * W) + offs_q * STRIDE_W)[:, None] * C
 
-    for step in range(R * STEPS_J):
+    for step in range(R // ROWS * STEPS_J):
         r = step // STEPS_J
         offs_j = step % STEPS_J * BLOCK_J + tl.arange(0, BLOCK_J)
-        mask_j = offs_j < S * CG
-        s = offs_j // CG
+        mask_j = offs_j < WIDTH
+        row = offs_j // (S * CG)  # from r on
+        s = offs_j // CG % S
         c = group * CG + offs_j % CG
-        shift_x = s * (DIL_W * C) + c  # where j is, from the window's first value on
-        if DIL_W == 1 and GROUPS == 1:
+        shift_x = row * (DIL_H * W * C) + s * (DIL_W * C) + c  # of j from the window's first value
+        if DIL_W == 1 and GROUPS == 1 and ROWS == 1:
             shift_x = offs_j  # the same, said so that loads are seen to be contiguous
-        shift_w = s * ROW + offs_j % CG
+        shift_w = offs_j // CG * ROW + offs_j % CG
         if ROW == CG:
             shift_w = offs_j
 
@@ -232,10 +242,11 @@ def _products(
         mean_r, scale_r, shift_r = _norm(residual_norm_ptr, c, mask_j, C)
 
         h0 = p0 * STRIDE_H - PAD_H + r * DIL_H
-        h = h0 + offs_p * STRIDE_H
+        h = h0 + (offs_p * STRIDE_H)[:, None] + (row * DIL_H)[None, :]
+        if ROWS == 1:
+            h = h0 + (offs_p * STRIDE_H)[:, None]
         w = w0 + (offs_q * STRIDE_W)[:, None] + (s * DIL_W)[None, :]
-        mask_h = (h >= 0) & (h < height)
-        mask_x = mask_h[:, None] & (w >= 0) & (w < width) & mask_j[None, :]
+        mask_x = (h >= 0) & (h < height) & (w >= 0) & (w < width) & mask_j[None, :]
         if RESAMPLE == "none":
             base_x = ((n * H + h0) * W + w0) * C
             offs_x = pixels + shift_x[None, :]
@@ -250,7 +261,7 @@ def _products(
                 )  # fmt: skip
         else:
             z = load_z(
-                x_ptr, residual_ptr, n, h0, h[:, None], w, c[None, :], mask_x,
+                x_ptr, residual_ptr, n, h0, h, w, c[None, :], mask_x,
                 mean, scale, shift, mean_r, scale_r, shift_r,
                 H, W, C, NORM, RESIDUAL_NORM, ACT, SLOPE, RESAMPLE,
             )  # fmt: skip

@@ -47,6 +47,7 @@ import triton.language as tl
 
 from ._tune import autotune
 from .aot import Variant
+from .conv import filter_rows
 from .fuse import load_activated, load_coefficients, load_dy, load_norm, load_z, shared_use
 
 CHAIN = 1 << 14  # pixels that one sum adds up; 1,024 additions of a tensor core's 16 products
@@ -81,12 +82,6 @@ def fit(most: int, needed: int, least: int = 16) -> int:
     return max(least, min(most, 1 << (needed - 1).bit_length()))
 
 
-@triton.constexpr_function
-def filter_rows(CG: int, R: int, S: int) -> int:
-    """Return how many rows of a filter one program takes: all of a small one, else one."""
-    return R if R * S * CG <= 64 else 1
-
-
 def tile_width(P: int, Q: int, pixels: int = 64) -> int:
     """Return how many columns a tile should have for few tiles to cover P x Q."""
     covered = {
@@ -107,7 +102,7 @@ def conv2d_wgrad_blocks(
     """Return how many programs a range of pixels takes; MAX_J is None for the depthwise kernel."""
     if MAX_J is None:
         return triton.cdiv(K, fit(MAX_K, K)) * R * S
-    rows = filter_rows(C // groups, R, S)
+    rows = filter_rows(C, R, S, groups)
     window = rows * S * (C // groups)
     tiles_j = triton.cdiv(window, fit(MAX_J, window))
     return tiles_j * triton.cdiv(K // groups, fit(MAX_K, K // groups)) * (R // rows) * groups
@@ -149,7 +144,7 @@ def conv2d_wgrad_kernel(
     BLOCK_P: tl.constexpr = BLOCK_N // BLOCK_Q
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
-    ROWS: tl.constexpr = filter_rows(CG, R, S)
+    ROWS: tl.constexpr = filter_rows(C, R, S, GROUPS)
     WIDTH: tl.constexpr = ROWS * S * CG  # of j
     BLOCK_J: tl.constexpr = fit(MAX_J, WIDTH)
     BLOCK_K: tl.constexpr = fit(MAX_K, KG)
