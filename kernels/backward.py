@@ -75,24 +75,24 @@ from triton.runtime.autotuner import Autotuner
 
 from ._tune import autotune
 from .aot import Variant
-from .fuse import activate, activate_backward, load_coefficients, load_dy, load_norm
+from .fuse import activate, activate_backward, load_coefficients, load_norm, shared_use
 from .strips import MOST_PIXELS, rows_of_strip, strip_area, strip_rows, strips, tile_pixels
 from .wgrad import CHAIN, PROGRAMS, conv2d_wgrad_blocks, conv2d_wgrad_splits, fit
 from .wgrad import CONFIGS as WGRAD_CONFIGS
 
 
-def _config(VALUES, **options):
-    """Return a configuration; VALUES counts those of the wider image in a tile, of 2 bytes each."""
-    return triton.Config({"VALUES": VALUES}, **options)
+def _config(VALUES, num_warps, num_stages=1, **more):
+    """Return a configuration; VALUES counts those of the wider image in a tile, of 2 bytes each.
 
-
-def _rows_config(VALUES, PAIRED, num_warps, num_stages=1):
-    """Return a configuration of the 3x3 kernel, FOLD the rows that a lane has of a tile.
-
-    PAIRED says whether a window serves two pixels, of 2 bytes a value.
+    FOLD says how many rows of a tile a lane has, which loads 16 bytes of each.
     """
-    kwargs = {"VALUES": VALUES, "PAIRED": PAIRED, "FOLD": max(1, VALUES // (256 * num_warps))}
+    kwargs = {"VALUES": VALUES, "FOLD": max(1, VALUES // (256 * num_warps)), **more}
     return triton.Config(kwargs, num_warps=num_warps, num_stages=num_stages)
+
+
+def _rows_config(VALUES, PAIRED, num_warps):
+    """Return one of the 3x3 kernel; PAIRED says whether a window, of 2-byte values, serves two."""
+    return _config(VALUES, num_warps, PAIRED=PAIRED)
 
 
 # The first must run on every supported device: tests and the interpreter pin it. Eight warps are
@@ -164,6 +164,27 @@ def tile_columns(VALUES: int, PAIRED: bool, C: int, K: int, bits: int) -> int:
     Half as many bytes of float32: its operands take registers, without tensor cores.
     """
     return max(16 * window_pixels(PAIRED, bits), tile_pixels(VALUES * 16 // bits, C, K, bits))
+
+
+@triton.jit
+def _folded(x, FOLD: tl.constexpr):
+    """Return x with 1 / FOLD of its rows, the sums of FOLD of them that a lane should have."""
+    if FOLD > 1 and len(x.shape) == 2:
+        x = tl.sum(tl.reshape(x, (FOLD, x.shape[0] // FOLD, x.shape[1])), 0)
+    elif FOLD > 1:
+        x = tl.sum(tl.reshape(x, (FOLD, x.shape[0] // FOLD, x.shape[1], x.shape[2])), 0)
+    return x
+
+
+@triton.jit
+def _sum_rows(turned, db, counts):
+    """Return db, [channels, 16], with the sums over a tile's rows in every column, if it counts.
+
+    By a product, that no lane has to ask another. The select keeps triton from adding to db within
+    the product, in float32 a pixel after the other.
+    """
+    ones = tl.full((turned.shape[1], 16), 1.0, turned.dtype)
+    return db + tl.where(counts, tl.dot(turned, ones, input_precision="ieee"), 0.0)
 
 
 @triton.jit
@@ -331,9 +352,7 @@ def conv2d_backward_rows_kernel(
             dy = dy.to(tl.float32)
         turned = tl.trans(dy)
         if db_ptr is not None:
-            ones = tl.full((WINDOWS, 16), 1.0, dy.dtype)
-            more = tl.dot(turned, ones, input_precision="ieee")
-            db += tl.where((p >= h0) & (p < last), more, 0.0)
+            db = _sum_rows(turned, db, (p >= h0) & (p < last))
         dw2 = tl.dot(turned, z0.to(dy.dtype), dw2, input_precision=PRECISION)
         dw1 = tl.dot(turned, z1.to(dy.dtype), dw1, input_precision=PRECISION)
         dw0 = tl.dot(turned, z2.to(dy.dtype), dw0, input_precision=PRECISION)
@@ -364,17 +383,10 @@ def conv2d_backward_rows_kernel(
             if edge | (not finished):
                 tl.debug_barrier()
                 stored = tl.where(mask, stored, 0.0)
-            sum_g += tl.sum(tl.reshape(stored, (FOLD, WINDOWS // FOLD, PAIR, BLOCK_C)), 0)
-            sum_x += tl.sum(
-                tl.reshape(stored * (_wide(x2) - mean), (FOLD, WINDOWS // FOLD, PAIR, BLOCK_C)), 0
-            )
+            sum_g += _folded(stored, FOLD)
+            sum_x += _folded(stored * (_wide(x2) - mean), FOLD)
             if RESIDUAL:
-                sum_r += tl.sum(
-                    tl.reshape(
-                        stored * (_wide(r2) - mean_r), (FOLD, WINDOWS // FOLD, PAIR, BLOCK_C)
-                    ),
-                    0,
-                )
+                sum_r += _folded(stored * (_wide(r2) - mean_r), FOLD)
 
         z2 = z1
         z1 = z0
@@ -437,7 +449,7 @@ def conv2d_backward_pixels_kernel(
     M, pixels,  # M = N*H*W, and a program's, a multiple of 128
     C: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,  # as above
-    VALUES: tl.constexpr,
+    VALUES: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of consecutive pixels, and their part of every sum."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -463,43 +475,43 @@ def conv2d_backward_pixels_kernel(
         add_ptr += first * C
     gradient_ptr += first * C
 
-    offs_m = tl.arange(0, TILE)
+    offs_m = tl.arange(0, TILE)[:, None]
     offs_k = tl.arange(0, BLOCK_K)
     offs_c = tl.arange(0, BLOCK_C)
     mask_k = offs_k < K
     mask_c = offs_c < C
 
-    mean, scale, shift = 0.0, 0.0, 0.0
-    mean_r, scale_r, shift_r = 0.0, 0.0, 0.0
-    mean_y, a, b, d = 0.0, 0.0, 0.0, 0.0
-    if NORM:
-        mean, scale, shift = load_norm(norm_ptr, offs_c, mask_c, C)
-    if RESIDUAL_NORM:
-        mean_r, scale_r, shift_r = load_norm(residual_norm_ptr, offs_c, mask_c, C)
-        shift += shift_r
+    mean, scale, shift, mean_r, scale_r = _load_norms(
+        norm_ptr, residual_norm_ptr, offs_c, mask_c, C
+    )
     if COEF:
         mean_y, a, b, d = load_coefficients(coef_ptr, offs_k, mask_k, K)
 
-    offs_w = offs_k[:, None] * C + offs_c[None, :]
-    mask_w = mask_k[:, None] & mask_c[None, :]
+    offs_w = offs_k[:, None] * C + offs_c
+    mask_w = mask_k[:, None] & mask_c
     w = tl.load(w_ptr + offs_w, mask=mask_w, other=0.0)
     if WIDEN:
         w = w.to(tl.float32)
 
     dw = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
-    db = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    sum_g = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    sum_x = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    sum_r = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    db = tl.zeros((BLOCK_K, 16), dtype=tl.float32)
+    sum_g = tl.zeros((TILE // FOLD, BLOCK_C), dtype=tl.float32)
+    sum_x = tl.zeros((TILE // FOLD, BLOCK_C), dtype=tl.float32)
+    sum_r = tl.zeros((TILE // FOLD, BLOCK_C), dtype=tl.float32)
     for m0 in range(0, count, TILE):
-        offs = m0 + offs_m
-        mask_m = offs < count
-        mask_dy = mask_m[:, None] & mask_k[None, :]
-        dy = load_dy(
-            g_ptr, y_ptr, offs[:, None] * K + offs_k[None, :], mask_dy, mean_y, a, b, d, COEF
-        )
-        offs_x = offs[:, None] * C + offs_c[None, :]
-        mask_x = mask_m[:, None] & mask_c[None, :]
+        m = m0 + offs_m
+        offs_dy = m * K + offs_k
+        offs_x = m * C + offs_c
+        mask_dy = (m < count) & mask_k
+        mask_x = (m < count) & mask_c
+        g = tl.load(g_ptr + offs_dy, mask=mask_dy, other=0.0)
+        if COEF:
+            y = _wide(tl.load(y_ptr + offs_dy, mask=mask_dy, other=0.0))
+            # Without the select, which seems to be for the last tile alone, triton makes z and dy
+            # in the layout of the products, where warps repeat each other's work.
+            dy = tl.where(mask_dy, a * _wide(g) + (b * (y - mean_y) + d), 0.0).to(TYPE)
+        else:
+            dy = shared_use(g)
         x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
         residual = x
         if RESIDUAL:
@@ -508,35 +520,36 @@ def conv2d_backward_pixels_kernel(
             x, residual, mean, scale, shift, mean_r, scale_r,
             NORM, RESIDUAL, RESIDUAL_NORM,
         )  # fmt: skip
-        z = x if PLAIN else tl.where(mask_x, activate(pre, ACT, SLOPE), 0.0).to(TYPE)
+        z = shared_use(x) if PLAIN else tl.where(mask_x, activate(pre, ACT, SLOPE), 0.0).to(TYPE)
 
-        if db_ptr is not None:
-            db += tl.sum(dy.to(tl.float32), 0)
         if WIDEN:
             dy = dy.to(tl.float32)
-        dw = tl.dot(tl.trans(dy), z.to(dy.dtype), dw, input_precision=PRECISION)
+        turned = tl.trans(dy)
+        if db_ptr is not None:
+            db = _sum_rows(turned, db, count > 0)
+        dw = tl.dot(turned, z.to(dy.dtype), dw, input_precision=PRECISION)
         dz = tl.dot(dy, w, input_precision=PRECISION)
 
         if add_ptr is not None:
-            dz += tl.load(add_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+            dz += _wide(tl.load(add_ptr + offs_x, mask=mask_x, other=0.0))
         gradient = activate_backward(dz, pre, ACT, SLOPE).to(TYPE)
         tl.store(gradient_ptr + offs_x, gradient, mask=mask_x)
         if sums_ptr is not None:
-            stored = tl.where(mask_x, gradient.to(tl.float32), 0.0)
-            sum_g += tl.sum(stored, 0)
-            sum_x += tl.sum(stored * (x.to(tl.float32) - mean), 0)
+            stored = tl.where(mask_x, _wide(gradient), 0.0)
+            sum_g += _folded(stored, FOLD)
+            sum_x += _folded(stored * (_wide(x) - mean), FOLD)
             if RESIDUAL:
-                sum_r += tl.sum(stored * (residual.to(tl.float32) - mean_r), 0)
+                sum_r += _folded(stored * (_wide(residual) - mean_r), FOLD)
 
     dw_ptr += pid * (K * C)
     tl.store(dw_ptr + offs_w, dw, mask=mask_w)
     if db_ptr is not None:
-        tl.store(db_ptr + pid * K + offs_k, db, mask=mask_k)
+        tl.store(db_ptr + pid * K + offs_k, tl.max(db, 1), mask=mask_k)
     if sums_ptr is not None:
         sums_ptr += pid * (3 * C) + offs_c
-        tl.store(sums_ptr, sum_g, mask=mask_c)
-        tl.store(sums_ptr + C, sum_x, mask=mask_c)
-        tl.store(sums_ptr + 2 * C, sum_r, mask=mask_c)
+        tl.store(sums_ptr, tl.sum(sum_g, 0), mask=mask_c)
+        tl.store(sums_ptr + C, tl.sum(sum_x, 0), mask=mask_c)
+        tl.store(sums_ptr + 2 * C, tl.sum(sum_r, 0), mask=mask_c)
 
 
 def conv2d_backward_fits(C: int, K: int, R: int, S: int, itemsize: int) -> bool:
