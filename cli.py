@@ -452,6 +452,16 @@ def bench(
         float | None,
         typer.Option(help="Of each benchmark, or of all: begin nothing after that long.", min=0),
     ] = None,
+    networks: Annotated[
+        str | None,
+        typer.Option(help="Of benchmarks of whole steps: which, such as uresnet,a21."),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Of the same: rows x columns [default: 1260x2048].")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Of emulated: images of a step [default: 8].", min=1)
+    ] = None,
     only: Annotated[str | None, typer.Option(help=f"Of all, some of {','.join(SECTIONS)}.")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Of all, without a GPU: rehearse what runs there.")
@@ -473,16 +483,41 @@ def bench(
     _want_folder(out)
     from .bench.record import environment
 
+    runs = {n: importlib.import_module(f".bench.{n}", __package__).run for n in names}
+    options = {n: _taken(n, run, networks, image_size, batch_size) for n, run in runs.items()}
     facts, rows = environment(), {}
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         typer.echo("\n".join(f"{name}: {value}" for name, value in facts.items()))
-        for name in names:
-            benchmark = importlib.import_module(f".bench.{name}", __package__)
-            takes = "seconds" in inspect.signature(benchmark.run).parameters
-            rows[name] = benchmark.run(out, **({"seconds": seconds} if takes else {}))
+        for name, run in runs.items():
+            if "seconds" in inspect.signature(run).parameters:
+                options[name]["seconds"] = seconds
+            rows[name] = run(out, **options[name])
         typer.echo(f"recorded in {out}")
     if as_json:
         typer.echo(json.dumps({"environment": facts, **rows}, indent=1))
+
+
+def _taken(
+    name: str,
+    run: Callable[..., Any],
+    networks: str | None,
+    image_size: str | None,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Return what a benchmark's run is to be given of these options: those that are not None."""
+    from .training.config import parse_size
+
+    given: dict[str, Any] = {}
+    if networks is not None:
+        given["networks"] = networks.split(",")
+    if image_size is not None:
+        given["image"] = (3, *parse_size(image_size))  # of three planes
+    if batch_size is not None:
+        given["batch"] = batch_size
+    if unknown := sorted({*given} - {*inspect.signature(run).parameters}):
+        option = {"networks": "--networks", "image": "--image-size", "batch": "--batch-size"}
+        raise ValueError(f"{name}: want no {', '.join(option[key] for key in unknown)}")
+    return given
 
 
 def _want_folder(out: Path) -> None:

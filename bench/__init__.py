@@ -3,7 +3,7 @@
 # What `fullres bench` knows, by module name.
 BENCHMARKS = (
     "kernels", "focal_loss", "memory", "batches", "largest", "training", "convergence", "scaling",
-    "events",
+    "emulated", "events",
 )  # fmt: skip
 
 # What `make gpu` and `fullres bench all` run, in this order: a module, and the seconds of its box.

@@ -26,6 +26,7 @@ class Hardware:
         host: bytes a second to pinned memory of the host, and as many back at the same time.
         launch: seconds that a kernel takes at least, and until the next one runs.
         shared: bytes a second of all shared memories together, where known.
+        processors, clock: of those that run programs, and Hz at work, where known.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Hardware:
     host: float
     launch: float = 4e-6
     shared: float | None = None
+    processors: int | None = None
+    clock: float | None = None
 
     def product_of(self, dtype: torch.dtype) -> float:
         """Return FLOP a second of a large product of this dtype; float32 as torch now has it.
@@ -77,7 +80,10 @@ def _card(
 HARDWARE = {
     "h200": replace(  # SXM; copy and product measured, the rest its datasheet
         _card("NVIDIA H200", 143_771, 4.8, 989, 67, 494, 5),
-        copy=4.3e12, product=790e12, shared=132 * 128 * 1.7e9,  # processors x bytes a clock x Hz
+        copy=4.3e12, product=790e12, processors=132,
+        # Its peaks are published for 1.83 GHz (989e12 / (132 * 4096)) and 1.98 GHz (67e12 / (132 *
+        # 256)), up to which its clock rises; at work its limit of power allows less.
+        clock=1.7e9, shared=132 * 128 * 1.7e9,  # processors x bytes a clock x Hz
     ),
     "h100": _card("NVIDIA H100 80GB HBM3", 81_559, 3.35, 989, 67, 494, 5),  # SXM
     "h100-nvl": _card("NVIDIA H100 NVL", 95_830, 3.9, 835, 60, 417, 5),
