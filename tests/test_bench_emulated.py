@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 from fullres.bench import emulated, record, steps  # noqa: E402
+from fullres.engine.precompile import record_launches  # noqa: E402
 from fullres.kernels.emulator import EmulationError  # noqa: E402
 from fullres.kernels.emulator import run as run_programs  # noqa: E402
 from fullres.ops.conv import conv2d  # noqa: E402
@@ -189,6 +190,16 @@ def test_memory_that_nobody_touches_takes_none(promised):
     assert total(launch).sectors > 2 * RAM / 32
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
     assert grown * 1024 < GIB
+
+
+def test_emulating_leaves_no_trace():
+    def step():
+        moments(torch.empty(2, 24, 8, 8, dtype=torch.bfloat16))
+
+    before = record_launches(step, emulated.TARGET)
+    for launch in emulated.launches(step):
+        emulated.emulate(launch)
+    assert record_launches(step, emulated.TARGET) == before
 
 
 def test_views_lie_in_one_memory_and_differ_in_no_launch():
