@@ -48,19 +48,20 @@ FLOP a byte. An H200 turns from memory to arithmetic at 184, so at 16 and 32 cha
 the copy's: 30 and 60 ps a pixel at 4.3 TB/s. At 64 it is the arithmetic's, 187 ps, which two passes
 (119 + 89 ps by their bytes, 93 each by their work) come near without.
 
-Instructions come next to bytes: in those 30 ps an H200 issues 883 for a pixel of 16 channels, a
-lane's counted each, and moves 883 bytes in shared memory. A step of the first configuration, 128
-pixels of 16 channels with norm, coefficients and sums, is 750 SASS instructions of its four warps
-on sm_90, so 750 a pixel, and 740 bytes. At 32 channels it is 1960 of 1765. Hence no sum is reduced
-across lanes before the loop ends, no address or mask is made anew, and selects for what is beyond
-an image or a strip stand in branches that other tiles pass by.
+Instructions come next to bytes: in those 30 ps an H200 issues 883 for a pixel of 16 channels, each
+lane's counted, and moves 883 bytes in shared memory. With norm, coefficients and sums a step of the
+first configuration, 128 pixels, is 750 SASS instructions of four warps on sm_90, so 750 a pixel,
+and 740 bytes beside what products read; at 32 channels 1600 of 1765, and 1900 bytes. 1x1 takes 540
+and 1450. Hence no sum is reduced across lanes before the loop ends, no address or mask is made
+anew, and selects for what is beyond an image or a strip stand in branches that other tiles pass by.
 
 Registers decide where this is possible at all. A thread of 128 holds, for 3x3 at 16 channels and 64
 windows, 48 accumulators of dw, 32 of dz, 16 of sums, 16 registers of windows, as many of z, and 56
-of norms and coefficients, 8 channels of each: 243 on sm_90. A residual has no room for the last,
-which are loaded anew a step. At 32 channels twice the threads hold 96 of dw. At 64 channels dw
-alone would take 192 and more, so conv2d_backward_fits ends at 32 channels, at 64 for 1x1, and at
-half of that for 4-byte elements, whose IEEE products need their operands there too.
+of norms and coefficients, 8 channels of each: 243 on sm_90. With a residual, and at 32 channels,
+where each thread of 256 holds 96 accumulators of dw, there is no room for the last, which are
+loaded anew where they are used. At 64 channels dw alone would take 192 and more, so
+conv2d_backward_fits ends at 32 channels, at 64 for 1x1, and at half of that for 4-byte elements,
+whose IEEE products need their operands there too.
 
 Exactness is kernels/wgrad.py's: no sum is longer than CHAIN pixels, parts are added in a tree, all
 in one order. A z that is not finite is multiplied by the zeros around dy: at an image's border the
@@ -90,28 +91,36 @@ def _config(VALUES, num_warps, num_stages=1, **more):
     return triton.Config(kwargs, num_warps=num_warps, num_stages=num_stages)
 
 
-def _rows_config(VALUES, PAIRED, num_warps):
-    """Return one of the 3x3 kernel; PAIRED says whether a window, of 2-byte values, serves two."""
-    return _config(VALUES, num_warps, PAIRED=PAIRED)
+def _rows_config(VALUES, PAIRED, num_warps, num_stages=1):
+    """Return one of the 3x3 kernel.
+
+    PAIRED says whether a window, of 2-byte values, serves two pixels; AHEAD whether rows are copied
+    to shared memory a step ahead, which no loop with a barrier of its own allows.
+    """
+    return _config(VALUES, num_warps, num_stages, PAIRED=PAIRED, AHEAD=num_stages > 1)
 
 
 # The first must run on every supported device: tests and the interpreter pin it. Eight warps are
 # for NVIDIA: on AMD they are 512 lanes, which leaves each half of the registers it needs at 32
 # channels and more. For the 1x1 kernel at 64 channels no such configuration is without spills
-# there. One stage: asynchronous copies pass L1 by, which windows overlap in, and shared memory,
-# which they go through, has no time to spare.
+# there. Two stages hide the way from memory, but take a fifth more instructions, and go by L1,
+# where windows overlap.
 ROWS_CONFIGS = [  # up to 16 channels
     _rows_config(2048, True, num_warps=4),
+    _rows_config(2048, True, num_warps=4, num_stages=2),
     _rows_config(2048, True, num_warps=8),
     _rows_config(512, False, num_warps=4),
 ]
-ROWS_KEY = ["C", "K", "PRECISION", "ACT"]
 WIDE_ROWS_CONFIGS = [  # up to 32 channels, and 4-byte elements
+    _rows_config(
+        4096, True, num_warps=8
+    ),  # for Hopper, whose products leave filters where they are
+    _rows_config(4096, True, num_warps=8, num_stages=2),
     _rows_config(2048, True, num_warps=8),
-    _rows_config(4096, True, num_warps=8),  # for Hopper
     _rows_config(1024, True, num_warps=4),  # for AMD
     _rows_config(512, False, num_warps=4),
 ]
+ROWS_KEY = ["C", "K", "PRECISION", "ACT"]
 PIXELS_CONFIGS = [
     _config(1024, num_warps=4, num_stages=1),
     _config(2048, num_warps=8, num_stages=2),
@@ -161,9 +170,10 @@ def window_pixels(PAIRED: bool, bits: int) -> int:
 def tile_columns(VALUES: int, PAIRED: bool, C: int, K: int, bits: int) -> int:
     """Return how many columns a tile of the 3x3 kernel has.
 
-    Half as many bytes of float32: its operands take registers, without tensor cores.
+    A quarter as many of 4 bytes: their products have no tensor cores and their operands registers.
     """
-    return max(16 * window_pixels(PAIRED, bits), tile_pixels(VALUES * 16 // bits, C, K, bits))
+    pixels = tile_pixels(VALUES if bits == 16 else VALUES // 4, C, K, bits)
+    return max(16 * window_pixels(PAIRED, bits), pixels)
 
 
 @triton.jit
@@ -222,7 +232,7 @@ def conv2d_backward_rows_kernel(
     C: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     WIDEN: tl.constexpr,  # multiply in float32: for the interpreter, whose bfloat16 dot is wrong
-    VALUES: tl.constexpr, PAIRED: tl.constexpr, FOLD: tl.constexpr,
+    VALUES: tl.constexpr, PAIRED: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Write a [rows, columns, C] strip of the gradient, and its part of every sum."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -232,11 +242,12 @@ def conv2d_backward_rows_kernel(
     BLOCK_K: tl.constexpr = fit(64, K, 16 // PAIR)
     BLOCK_C: tl.constexpr = fit(64, C, 16 // PAIR)
     ROWS: tl.constexpr = 4 * BLOCK_K
+    BITS: tl.constexpr = tl.int16 if TYPE.primitive_bitwidth == 16 else tl.int32
     BLOCK_J: tl.constexpr = PAIR * BLOCK_C
     NORM: tl.constexpr = norm_ptr is not None
     RESIDUAL: tl.constexpr = residual_ptr is not None
     RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
-    RELOAD: tl.constexpr = RESIDUAL or BLOCK_C * BLOCK_K > 256  # whose tables need the registers
+    RELOAD: tl.constexpr = RESIDUAL or BLOCK_C * BLOCK_K > 256  # no registers for tables
     COEF: tl.constexpr = coef_ptr is not None
     PLAIN: tl.constexpr = not NORM and not RESIDUAL and ACT == "none"
 
@@ -325,7 +336,8 @@ def conv2d_backward_rows_kernel(
         # A select for each value, which inner tiles save. What keeps ptxas from selecting always
         # instead of branching is the barrier.
         if edge | (p < 0) | (p >= H):
-            tl.debug_barrier()
+            if not AHEAD:
+                tl.debug_barrier()
             dy = tl.where(mask_dy & (p >= 0) & (p < H), dy, 0.0)
         dy = tl.reshape(dy, (WINDOWS, ROWS))
         if RELOAD:
@@ -344,7 +356,8 @@ def conv2d_backward_rows_kernel(
             )  # fmt: skip
             z0 = activate(z0, ACT, SLOPE).to(TYPE)
         if edge | (h >= last):
-            tl.debug_barrier()
+            if not AHEAD:
+                tl.debug_barrier()
             z0 = tl.where(mask_x & (h < last), z0, 0.0)
         z0 = tl.reshape(z0, (WINDOWS, BLOCK_J))
 
@@ -366,6 +379,10 @@ def conv2d_backward_rows_kernel(
         dz = tl.reshape(dz, (WINDOWS, PAIR, BLOCK_C))
         if add_ptr is not None:
             dz += tl.load(add_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+        if RELOAD:
+            mean, scale, shift, mean_r, scale_r = _load_norms(
+                norm_ptr, residual_norm_ptr, offs_c, mask_c, C
+            )
         x2 = tl.load(x_done_ptr + offs_x, mask=mask_x, other=0.0)
         r2 = x2
         if RESIDUAL:
@@ -381,14 +398,15 @@ def conv2d_backward_rows_kernel(
         if sums_ptr is not None:
             stored = _wide(gradient)
             if edge | (not finished):
-                tl.debug_barrier()
+                if not AHEAD:
+                    tl.debug_barrier()
                 stored = tl.where(mask, stored, 0.0)
             sum_g += _folded(stored, FOLD)
             sum_x += _folded(stored * (_wide(x2) - mean), FOLD)
             if RESIDUAL:
                 sum_r += _folded(stored * (_wide(r2) - mean_r), FOLD)
 
-        z2 = z1
+        z2 = z1.to(BITS, bitcast=True).to(TYPE, bitcast=True)
         z1 = z0
         # These change nothing, but use the products. Else Hopper would go on with them in the next
         # step, where the registers that they trade are none to wait for: ptxas would serialise

@@ -161,9 +161,10 @@ def test_every_configuration_computes_the_formula(K, R, rng, interpreted, poison
 
     kernel = backward.conv2d_backward_kernel(3, K, R, 2)
     for config in kernel.every_config:
-        given = arguments(Case(C=3, K=K, H=2, W=141, R=R, **ALL), torch.float16, rng)
-        with one_pass(), pinned(kernel, config):
-            assert_close(conv2d_backward_triton(*given), given)
+        for C, fused in ((3, ALL), (16, {}), (16, FUSED)):  # with 16 no load needs a mask
+            given = arguments(Case(C=C, K=K, H=4, W=141, R=R, **fused), torch.float16, rng)
+            with one_pass(), pinned(kernel, config):
+                assert_close(conv2d_backward_triton(*given), given)
 
 
 def test_each_pixel_counts_once_whatever_the_strips(rng, interpreted, poisoned):

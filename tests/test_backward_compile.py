@@ -27,13 +27,17 @@ AMD = ("gfx942",)
 
 CASES = {  # name: dtype, C, K, R, options, the targets that its configuration is for
     "16-16-first": ("bf16", 16, 16, 3, ALL, EVERY),
-    "16-16-config1": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[1]}, NVIDIA),
-    "16-16-config2": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[2]}, EVERY),
+    "16-16-config1": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[1]}, EVERY),
+    "16-16-config2": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[2]}, NVIDIA),
+    "16-16-config3": ("bf16", 16, 16, 3, {**ALL, "config": ROWS_CONFIGS[3]}, EVERY),
     "16-16-plain": ("bf16", 16, 16, 3, {}, EVERY),
-    "32-32-first": ("bf16", 32, 32, 3, ALL, HOPPER),
+    # With a residual 168 bytes, where config2 has none.
+    "32-32-first": ("bf16", 32, 32, 3, FUSED, HOPPER),
     "32-32-config1": ("bf16", 32, 32, 3, {**FUSED, "config": WIDE_ROWS_CONFIGS[1]}, HOPPER),
-    "32-32-config2": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[2]}, AMD),
-    "32-32-config3": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[3]}, EVERY),
+    "32-32-config2": ("bf16", 32, 32, 3, {**FUSED, "config": WIDE_ROWS_CONFIGS[2]}, NVIDIA),
+    "32-32-config2-all": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[2]}, HOPPER),
+    "32-32-config3": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[3]}, AMD),
+    "32-32-config4": ("bf16", 32, 32, 3, {**ALL, "config": WIDE_ROWS_CONFIGS[4]}, EVERY),
     "16-32": ("bf16", 16, 32, 3, ALL, HOPPER),
     "32-16": ("bf16", 32, 16, 3, ALL, HOPPER),
     "24-20-fp16": ("fp16", 24, 20, 3, FUSED, HOPPER),
@@ -47,7 +51,10 @@ CASES = {  # name: dtype, C, K, R, options, the targets that its configuration i
     "1x1-16-16-config1": ("bf16", 16, 16, 1, {**ALL, "config": PIXELS_CONFIGS[1]}, EVERY),
     "1x1-32-fp32": ("fp32", 32, 32, 1, ALL, EVERY),
 }
-WARP_GROUPS = [*((16, config) for config in ROWS_CONFIGS[:2]), (32, WIDE_ROWS_CONFIGS[1])]
+WARP_GROUPS = [
+    *((16, config) for config in ROWS_CONFIGS[:3]),
+    *((32, config) for config in WIDE_ROWS_CONFIGS[:2]),
+]
 RUNS = [(case, target) for case, (*_, targets) in CASES.items() for target in targets]
 
 
