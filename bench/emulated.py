@@ -13,9 +13,9 @@ they touch. What they carry out, scaled to the grid, is divided by what an H200 
 The largest of the five is what a launch needs, and binds. What is not in it makes a card slower,
 some kernels by much: latency, and how few programs fit side by side to hide it; a last wave that
 does not fill the card; units that take several clocks an instruction (integers two, special
-functions eight); what launching takes. Or faster: ptxas makes about a third fewer instructions than
-PTX has, the tuner may choose another configuration than the first, arguments may wait in L2. What
-torch runs by itself is left out: cuDNN, copies, the optimizer.
+functions eight); what launching takes. Or faster: PTX has about a third more instructions than
+ptxas makes of it, the tuner may choose another configuration than the first, arguments may wait in
+L2. What torch runs by itself is left out: cuDNN, copies, the optimizer.
 """
 
 import math
@@ -67,7 +67,6 @@ SHOWN = {
 ROOFS = ("instructions", "shared", "l1", "bytes", "products")
 ALIGNED = 128  # elements; whole sectors and vectors, whatever the type
 LINES = 25  # of the printed table
-TERABYTE = 10**12
 
 
 # A step's launches
@@ -319,12 +318,14 @@ def run(
         raise ValueError(f"networks: want some of {', '.join(KNOWN)}; got {', '.join(unknown)}")
     known = {_key(r): r for r in resumed("emulated", out) if NOT_FINISHED not in r["failed"]}
     rows: list[dict] = []
-    print("Kernels of a training step: NOT RUN ON A CARD. Emulated, and divided by the rates of an")
-    print(f"{CARD.name}: {CARD.processors} processors at {CARD.clock / 1e9:g} GHz,")
     print(
-        f"{CARD.copy / TERABYTE} TB/s. Latency, occupancy, ptxas (a third fewer instructions), the"
+        "Kernels of a training step: NOT RUN ON A CARD, but emulated and counted. Milliseconds of"
     )
-    print("tuner and torch's own kernels are not in it. Milliseconds of a step:")
+    print(f"a step at the rates of an {CARD.name}: {CARD.copy / 1e12} TB/s and {CARD.processors}")
+    print(
+        f"processors at {CARD.clock / 1e9:g} GHz. Latency, occupancy, ptxas (PTX has a third more"
+    )
+    print("instructions), the tuner and torch's own kernels are not in it.")
     for name in networks:
         found = launches(_step(KNOWN[name], image, batch))
         here = {"network": name, "image": "x".join(map(str, image)), "batch": batch}
