@@ -59,11 +59,13 @@ KNOWN = {
     **{n: Network(partial(uresnet, n), pixel_labels, pixel_loss) for n in PRESETS},
     **NETWORKS,
 }
-# Constants by which a reader knows a launch, and what they are where nothing need be said.
+# Constants by which a reader knows a launch, and what they are where nothing need be said; images
+# and norms that it may be given, or not.
 SHOWN = {
     "C": None, "K": None, "C2": 0, "R": None, "S": None, "STRIDE_H": 1, "STRIDE_W": 1, "DIL_H": 1,
     "DIL_W": 1, "ACT": None, "RESAMPLE": "none",
 }  # fmt: skip
+OPTIONAL = ("norm", "residual", "r", "x2", "add", "keep", "sums")
 ROOFS = ("instructions", "shared", "l1", "bytes", "products")
 ALIGNED = 128  # elements; whole sectors and vectors, whatever the type
 LINES = 25  # of the printed table
@@ -371,6 +373,8 @@ def _described_row(launch: Launch, calls: int) -> dict:
     images = (m for m in memories if len(m.shape) == 4)
     first = next(images, memories[0] if memories else None)
     shown = [f"{k}={constants[k]}" for k in SHOWN if constants.get(k, SHOWN[k]) != SHOWN[k]]
+    given = {_short(k) for k, v in launch.arguments if isinstance(v, Memory)}
+    shown += [name for name in OPTIONAL if name in given]
     return {
         "kernel": launch.name,
         "input": "x".join(map(str, first.shape)) if first else "",
