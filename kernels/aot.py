@@ -61,10 +61,16 @@ EXCUSES: list[Excuse] = [  # what ships beyond a limit, each with its reason
     ),
     *(
         Excuse(
-            "conv2d_backward_rows_kernel", target, "spill_bytes", 96, r"\bC=32 K=32\b.*VALUES=1024",
-            "made for 16 channels; the tuner times one that does not spill at 32 beside it",
+            "conv2d_backward_rows_kernel", target, "spill_bytes", most,
+            r"\b[CK]=(1[7-9]|2\d|3[0-2])\b.*\bVALUES=",
+            "from 17 channels on the weight's sums fill the registers, and what waits is spilled; "
+            "each tile is one target's, and the tuner times them all",
         )
-        for target in ("sm_80", "sm_90")
+        for target, most in (("sm_80", 7168), ("sm_90", 528), ("gfx942", 1152))
+    ),
+    Excuse(
+        "conv2d_backward_rows_kernel", "gfx942", "spill_bytes", 128, r"\bwarps=8\b",
+        "eight warps are for NVIDIA; the tuner times four beside them",
     ),
 ]  # fmt: skip
 
