@@ -176,6 +176,12 @@ def tile_columns(VALUES: int, PAIRED: bool, C: int, K: int, bits: int) -> int:
     return max(16 * window_pixels(PAIRED, bits), pixels)
 
 
+@triton.constexpr_function
+def lane_rows(FOLD: int, VALUES: int, pixels: int, channels: int, bits: int) -> int:
+    """Return how many rows a lane has of a tile that may have fewer than VALUES of 2 bytes."""
+    return max(1, FOLD * pixels * channels * bits // (16 * VALUES))
+
+
 @triton.jit
 def _folded(x, FOLD: tl.constexpr):
     """Return x with 1 / FOLD of its rows, the sums of FOLD of them that a lane should have."""
@@ -244,6 +250,7 @@ def conv2d_backward_rows_kernel(
     ROWS: tl.constexpr = 4 * BLOCK_K
     BITS: tl.constexpr = tl.int16 if TYPE.primitive_bitwidth == 16 else tl.int32
     BLOCK_J: tl.constexpr = PAIR * BLOCK_C
+    FOLDED: tl.constexpr = lane_rows(FOLD, VALUES, COLUMNS, BLOCK_C, TYPE.primitive_bitwidth)
     NORM: tl.constexpr = norm_ptr is not None
     RESIDUAL: tl.constexpr = residual_ptr is not None
     RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
@@ -320,9 +327,9 @@ def conv2d_backward_rows_kernel(
     dw1 = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
     dw2 = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
     db = tl.zeros((ROWS, 16), dtype=tl.float32)
-    sum_g = tl.zeros((WINDOWS // FOLD, PAIR, BLOCK_C), dtype=tl.float32)
-    sum_x = tl.zeros((WINDOWS // FOLD, PAIR, BLOCK_C), dtype=tl.float32)
-    sum_r = tl.zeros((WINDOWS // FOLD, PAIR, BLOCK_C), dtype=tl.float32)
+    sum_g = tl.zeros((WINDOWS // FOLDED, PAIR, BLOCK_C), dtype=tl.float32)
+    sum_x = tl.zeros((WINDOWS // FOLDED, PAIR, BLOCK_C), dtype=tl.float32)
+    sum_r = tl.zeros((WINDOWS // FOLDED, PAIR, BLOCK_C), dtype=tl.float32)
     z1 = tl.zeros((WINDOWS, BLOCK_J), dtype=TYPE)
     z2 = tl.zeros((WINDOWS, BLOCK_J), dtype=TYPE)
     for h in range(h0, h0 + rows + 2):  # the row of x; the last two are another strip's
@@ -401,10 +408,10 @@ def conv2d_backward_rows_kernel(
                 if not AHEAD:
                     tl.debug_barrier()
                 stored = tl.where(mask, stored, 0.0)
-            sum_g += _folded(stored, FOLD)
-            sum_x += _folded(stored * (_wide(x2) - mean), FOLD)
+            sum_g += _folded(stored, FOLDED)
+            sum_x += _folded(stored * (_wide(x2) - mean), FOLDED)
             if RESIDUAL:
-                sum_r += _folded(stored * (_wide(r2) - mean_r), FOLD)
+                sum_r += _folded(stored * (_wide(r2) - mean_r), FOLDED)
 
         z2 = z1.to(BITS, bitcast=True).to(TYPE, bitcast=True)
         z1 = z0
@@ -474,6 +481,7 @@ def conv2d_backward_pixels_kernel(
     TILE: tl.constexpr = tile_pixels(VALUES, C, K, TYPE.primitive_bitwidth)
     BLOCK_K: tl.constexpr = fit(64, K)
     BLOCK_C: tl.constexpr = fit(64, C)
+    FOLDED: tl.constexpr = lane_rows(FOLD, VALUES, TILE, BLOCK_C, TYPE.primitive_bitwidth)
     NORM: tl.constexpr = norm_ptr is not None
     RESIDUAL: tl.constexpr = residual_ptr is not None
     RESIDUAL_NORM: tl.constexpr = residual_norm_ptr is not None
@@ -513,9 +521,9 @@ def conv2d_backward_pixels_kernel(
 
     dw = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
     db = tl.zeros((BLOCK_K, 16), dtype=tl.float32)
-    sum_g = tl.zeros((TILE // FOLD, BLOCK_C), dtype=tl.float32)
-    sum_x = tl.zeros((TILE // FOLD, BLOCK_C), dtype=tl.float32)
-    sum_r = tl.zeros((TILE // FOLD, BLOCK_C), dtype=tl.float32)
+    sum_g = tl.zeros((TILE // FOLDED, BLOCK_C), dtype=tl.float32)
+    sum_x = tl.zeros((TILE // FOLDED, BLOCK_C), dtype=tl.float32)
+    sum_r = tl.zeros((TILE // FOLDED, BLOCK_C), dtype=tl.float32)
     for m0 in range(0, count, TILE):
         m = m0 + offs_m
         offs_dy = m * K + offs_k
@@ -554,10 +562,10 @@ def conv2d_backward_pixels_kernel(
         tl.store(gradient_ptr + offs_x, gradient, mask=mask_x)
         if sums_ptr is not None:
             stored = tl.where(mask_x, _wide(gradient), 0.0)
-            sum_g += _folded(stored, FOLD)
-            sum_x += _folded(stored * (_wide(x) - mean), FOLD)
+            sum_g += _folded(stored, FOLDED)
+            sum_x += _folded(stored * (_wide(x) - mean), FOLDED)
             if RESIDUAL:
-                sum_r += _folded(stored * (_wide(residual) - mean_r), FOLD)
+                sum_r += _folded(stored * (_wide(residual) - mean_r), FOLDED)
 
     dw_ptr += pid * (K * C)
     tl.store(dw_ptr + offs_w, dw, mask=mask_w)
