@@ -34,7 +34,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.autotuner import Autotuner
@@ -45,7 +44,6 @@ from ..engine.cards import HARDWARE
 from ..engine.fakes import DevicePath
 from ..engine.precompile import training_step
 from ..kernels.emulator import Counts, emulated
-from ..kernels.launches import posing_as
 from ..models import PRESETS, uresnet
 from .record import NOT_BEGUN, NOT_FINISHED, resumed, save, table
 from .steps import IMAGE, NETWORKS, PUBLISHED, HeldLabels, Network, pixel_labels, pixel_loss
@@ -262,18 +260,14 @@ def emulate(launch: Launch) -> tuple[Work, int]:
     across, down, _ = launch.grid
     alone, others = sampled(launch.programs)
     weight = (launch.programs - len(alone)) / max(1, len(others))
-    try:
-        for picks, stands_for in ((alone, 1.0), (others, weight)):
-            if picks:
-                places = [(i % across, i // across % down, i // across // down) for i in picks]
-                with emulated(TARGET, lambda _, places=places: places, count=True) as made:
-                    launch.kernel.run(grid=launch.grid, warmup=False, **given)
-                for counts in made.counts.values():
-                    work.add(counts, stands_for)
-                ran += len(picks)
-    finally:  # else who records launches later in this process would not be told of this one
-        with posing_as(TARGET):
-            launch.kernel.device_caches.pop(triton.runtime.driver.active.get_current_device(), None)
+    for picks, stands_for in ((alone, 1.0), (others, weight)):
+        if picks:
+            places = [(i % across, i // across % down, i // across // down) for i in picks]
+            with emulated(TARGET, lambda _, places=places: places, count=True) as made:
+                launch.kernel.run(grid=launch.grid, warmup=False, **given)
+            for counts in made.counts.values():
+                work.add(counts, stands_for)
+            ran += len(picks)
     return work, ran
 
 

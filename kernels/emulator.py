@@ -98,7 +98,7 @@ def emulated(
     compile_kernel = JITFunction.run
 
     def launch(self, *args, grid, warmup, **kwargs):
-        with posing_as(target):
+        with posing_as(target, "emulating"):  # else a recording would find it compiled
             compiled = compile_kernel(self, *args, grid=grid, warmup=True, **kwargs)
             binder = self.device_caches[triton.runtime.driver.active.get_current_device()][-1]
             values = binder(*args, **{"debug": self.debug, **kwargs})[0]

@@ -217,11 +217,14 @@ def _quoted(word: str) -> str:
 
 
 @contextmanager
-def posing_as(target: str) -> Iterator[None]:
-    """Let triton find a device of this target inside, which compiles and cannot launch."""
+def posing_as(target: str, device: str = "posing") -> Iterator[None]:
+    """Let triton find a device of this target inside, which compiles and cannot launch.
+
+    Of a device of another name, triton keeps compiled kernels apart.
+    """
     posed = SimpleNamespace(
         get_current_target=lambda: TARGETS[target],
-        get_current_device=lambda: f"posing as {target}",  # triton keeps kernels by device
+        get_current_device=lambda: f"{device} as {target}",
         get_current_stream=lambda device: 0,
     )
     with mock.patch.object(triton.runtime.driver, "_active", posed):
