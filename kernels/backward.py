@@ -51,8 +51,8 @@ the copy's: 30 and 60 ps a pixel at 4.3 TB/s. At 64 it is the arithmetic's, 187 
 Instructions come next to bytes: in those 30 ps an H200 issues 883 for a pixel of 16 channels, each
 lane's counted, and moves 883 bytes in shared memory. With norm, coefficients and sums a step of the
 first configuration, 128 pixels, is 750 SASS instructions of four warps on sm_90, so 750 a pixel,
-and 740 bytes beside what products read; at 32 channels 1600 of 1765, and 1900 bytes. 1x1 takes 540
-and 1450. Hence no sum is reduced across lanes before the loop ends, no address or mask is made
+and 980 bytes, 240 of them read by products; at 32 channels 1600 of 1765, and 2860 bytes, which bind
+there. 1x1 takes 540 and 1450 instructions. Hence no sum is reduced across lanes before the loop ends, no address or mask is made
 anew, and selects for what is beyond an image or a strip stand in branches that other tiles pass by.
 
 Registers decide where this is possible at all. A thread of 128 holds, for 3x3 at 16 channels and 64
@@ -65,7 +65,8 @@ whose IEEE products need their operands there too.
 
 Exactness is kernels/wgrad.py's: no sum is longer than CHAIN pixels, parts are added in a tree, all
 in one order. A z that is not finite is multiplied by the zeros around dy: at an image's border the
-taps that do not meet it become NaN as well.
+taps that do not meet it become NaN as well. A dy that is not finite reaches the gradient of the
+pixels that see it, and of a neighbour that shares their window.
 """
 
 from collections.abc import Mapping

@@ -53,9 +53,10 @@ class EmulationError(RuntimeError):
 class Counts:
     """What a kernel's programs carried out, all launches together.
 
-    `instructions` counts, by opcode and warp, those of PTX; ptxas makes about as many of them.
+    `instructions` counts, by opcode and warp, those of PTX; ptxas makes about three quarters.
     `sectors` are the pieces of 32 bytes that accesses to global memory touch, `wavefronts` the
-    turns that shared memory takes, by "load" and "store"; `requests` the instructions of warps.
+    turns that shared memory takes, by "load", "store" and "product" (operands of wgmma, each read
+    once by each warp group); `requests` the instructions of warps.
     """
 
     programs: int = 0
@@ -901,6 +902,8 @@ class _Batch:
         if (self.unfenced[self.cells(at, 16)] >= fences).any():
             self.fail(site, "a product reads shared memory that no fence has made visible to it")
         self.note_shared(at, 16, owners, False, site)
+        if self.counting:  # a turn serves 128 bytes
+            self.counts.wavefronts["product"] += at.size // 8
         np.add.at(self.multiplied, at // 16, 1)
         self.products.begun.append(_Transfer(at, 16, owners, site))
         bits = np.uint32 if item == 4 else np.uint16
