@@ -52,8 +52,9 @@ Instructions come next to bytes: in those 30 ps an H200 issues 883 for a pixel o
 lane's counted, and moves 883 bytes in shared memory. With norm, coefficients and sums a step of the
 first configuration, 128 pixels, is 750 SASS instructions of four warps on sm_90, so 750 a pixel,
 and 980 bytes, 240 of them read by products; at 32 channels 1600 of 1765, and 2860 bytes, which bind
-there. 1x1 takes 540 and 1450 instructions. Hence no sum is reduced across lanes before the loop ends, no address or mask is made
-anew, and selects for what is beyond an image or a strip stand in branches that other tiles pass by.
+there. 1x1 takes 540 and 1450 instructions. Hence no sum is reduced across lanes before the loop
+ends, no address or mask is made anew, and selects for what is beyond an image or a strip stand in
+branches that other tiles pass by.
 
 Registers decide where this is possible at all. A thread of 128 holds, for 3x3 at 16 channels and 64
 windows, 48 accumulators of dw, 32 of dz, 16 of sums, 16 registers of windows, as many of z, and 56
